@@ -1,0 +1,1 @@
+"""From tar shards to batches: manifest, order, draws, loader."""

@@ -1,0 +1,1 @@
+"""The noise process: schedule, objective, denoiser, samplers."""

@@ -1,0 +1,1 @@
+"""The networks: UNet, autoencoder, text encoders, and where their weights come from."""

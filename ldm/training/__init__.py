@@ -1,0 +1,1 @@
+"""What surrounds the networks in training: optimizer, average, checkpoint, processes, metrics."""
