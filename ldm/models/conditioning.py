@@ -1,0 +1,94 @@
+"""What the network is told beside the noisy latent and the timestep.
+
+Enters: text states, and for SDXL-like networks a pooled text vector and sizes, one row a sample.
+Leaves: the same rows moved, selected or joined, as one value that every network, objective and guidance
+passes on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Conditioning:
+    """Conditioning of a batch; optional parts are given for all of its samples or for none."""
+
+    text: Tensor
+    """States of the text encoder, (B, L, D)."""
+    pooled: Tensor | None = None
+    """Pooled text vector, (B, P); used by networks with addition_embed_type "text_time"."""
+    sizes: Tensor | None = None
+    """Original height and width, crop top and left, target height and width in pixels, (B, 6): SDXL's order."""
+
+    def __len__(self) -> int:
+        return self.text.shape[0]
+
+    def check(self, count: int, text_channels: int, pooled_channels: int = 0) -> None:
+        """Checks the shapes for a batch of `count`; `pooled_channels` is 0 for a network without pooled text and sizes.
+
+        Raises:
+            ValueError: names the part that does not fit, what was found and what is expected.
+        """
+        parts: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("text", self.text, (count, self.text.shape[1], text_channels))
+        ]
+        if pooled_channels:
+            parts += [("pooled", self.pooled, (count, pooled_channels)), ("sizes", self.sizes, (count, 6))]
+        for name, tensor, expected in parts:
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != expected:
+                raise ValueError(f"conditioning.{name}: found shape {found}, the network expects {expected}")
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "Conditioning":
+        """Moves all parts; `dtype` is that of text and pooled: sizes are numbers of pixels and keep theirs."""
+        sizes = self.sizes
+        return Conditioning(
+            self.text.to(device=device, dtype=dtype, non_blocking=non_blocking),
+            None if self.pooled is None else self.pooled.to(device=device, dtype=dtype, non_blocking=non_blocking),
+            None if sizes is None else sizes.to(device=device, non_blocking=non_blocking),
+        )
+
+    def select(self, rows: Tensor | slice) -> "Conditioning":
+        """The given samples: a slice (views), a boolean mask or indices."""
+        return self._map(lambda part: part[rows])
+
+    def expand(self, count: int) -> "Conditioning":
+        """One sample's conditioning as that of `count` samples, without copying."""
+        return self._map(lambda part: part.expand(count, *part.shape[1:]))
+
+    @staticmethod
+    def cat(conditionings: "Sequence[Conditioning]") -> "Conditioning":
+        """Joins batches.
+
+        Raises:
+            ValueError: an optional part is there in some and missing in others, which would lose it in
+                silence.
+        """
+        parts: list[Tensor | None] = []
+        for name in ("text", "pooled", "sizes"):
+            given = [value for c in conditionings if (value := getattr(c, name)) is not None]
+            if given and len(given) < len(conditionings):
+                raise ValueError(
+                    f"conditioning.{name} is given in {len(given)} of {len(conditionings)} batches to join"
+                )
+            parts.append(torch.cat(given) if given else None)
+        text, pooled, sizes = parts
+        if text is None:
+            raise ValueError("there is no conditioning to join")
+        return Conditioning(text, pooled, sizes)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        pooled, sizes = self.pooled, self.sizes
+        return Conditioning(
+            change(self.text),
+            None if pooled is None else change(pooled),
+            None if sizes is None else change(sizes),
+        )
