@@ -1,0 +1,57 @@
+"""The batch: what training receives, whole, with all its random draws.
+
+In: built by dataset.SampleDataset in a loader's worker. Out: moved to pinned memory by the DataLoader and to the device
+by training; raw and encoded shards give the same type.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.data.quarantine import Quarantined
+
+
+@dataclass
+class Batch:
+    """A micro-batch with all its random draws. B samples, C latent channels of h x w, R pixels a side."""
+
+    positions: Tensor
+    """(B,) int64, positions in the run"""
+    keys: list[str]
+    """"shard/key" of each sample"""
+    captions: list[str]
+    """As they stand in the shard, also where `dropped`"""
+    dropped: Tensor
+    """(B,) bool: to be replaced by the empty caption"""
+    images: Tensor | None
+    """(B, 3, R, R) float32 in [-1, 1]; None for encoded shards"""
+    moments: Tensor | None
+    """(B, 2C, h, w) float32, mean and log-variance, unscaled; None for raw shards"""
+    text_states: Tensor | None
+    """(B, L, D) in the type stored; None where the shards have none"""
+    sizes: Tensor
+    """(B, 6) float32: original height and width, crop top and left, target height and width, in pixels"""
+    u: Tensor
+    """(B,) float64 in [0, 1), for the timestep"""
+    posterior_noise: Tensor
+    """(B, C, h, w) float32, standard normal, for the latent out of its moments"""
+    noise: Tensor
+    """(B, C, h, w) float32, standard normal"""
+    quarantined: list[Quarantined] = field(default_factory=list)
+    """Samples that could not be used and were replaced in this batch"""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        values |= {name: function(one) for name, one in values.items() if isinstance(one, Tensor)}
+        return Batch(**values)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in pinned memory; called by the DataLoader."""
+        return self._map(Tensor.pin_memory)

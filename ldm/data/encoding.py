@@ -1,0 +1,236 @@
+"""From raw shards to encoded shards: posterior moments, captions, text states, and the identity of what encoded them.
+
+Enters: raw shards with a manifest, an autoencoder, a text encoder. Leaves: one encoded shard for each raw one, under
+its name only when it is complete, and a manifest that says by what it was encoded, so that training can refuse others.
+
+Stages: 1. the shards of this process that are not there yet -> 2. pictures decoded by workers, batches within one shard
+-> 3. moments (and those of the mirrored picture) and text states on the device -> 4. one tar, written as they come.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.loader import start_worker
+from ldm.data.manifest import Manifest, write_whole
+from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json
+from ldm.data.pictures import Picture, decode_picture, normalize
+from ldm.data.quarantine import Ledger, Quarantined
+from ldm.data.shards import DamagedSample, ShardReader, write_shard
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.pretrained import weights_hash
+from ldm.models.text_encoder import TextEncoder
+
+IDENTITY_NAME = "encoder.json"
+
+
+@dataclass
+class EncodingConfig:
+    """What `tools/encode_latents.py` reads and stores; it writes to `data.shards` (and `data.validation`)."""
+
+    shards: str | None = None
+    """Folder of the raw shards and their manifest."""
+    validation: str | None = None
+    """Folder of raw held-out shards, encoded into `data.validation`."""
+    text_states: bool = False
+    """Store the text encoder's states too: training runs no text encoder, disks hold L x D more numbers a sample."""
+    flipped: bool = False
+    """Store the moments of the mirrored picture too, which `data.flip` needs with encoded shards."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type in which moments and states are stored; float16 rounds them by 0.05 %."""
+    batch_size: int = 32
+    """Pictures that the autoencoder encodes at once, on each process."""
+    workers: int = 1
+    """Processes that decode pictures, for each encoding process; 0 decodes in the same."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"encoding.{name}: found {getattr(self, name)}, expected {least} or more")
+
+
+def encoder_identity(
+    autoencoder: AutoencoderKL,
+    text_encoder: TextEncoder,
+    resolution: int,
+    config: EncodingConfig,
+    *,
+    text_states: bool,
+) -> dict[str, Any]:
+    """What encoded samples depend on besides the raw ones: written into the manifest, compared by training."""
+    return {
+        "autoencoder": {
+            "weights": weights_hash(autoencoder.state_dict().items()),
+            "config": xxhash.xxh3_128_hexdigest(json.dumps(autoencoder.config.to_dict(), sort_keys=True).encode()),
+        },
+        "resolution": resolution,
+        "pixel_range": [-1.0, 1.0],
+        "latent_channels": autoencoder.config.latent_channels,
+        "downsample_factor": autoencoder.downsample_factor,
+        "crop": "center",
+        "flipped": config.flipped,
+        "dtype": config.dtype,
+        "text_encoder": text_encoder.identity() if text_states else None,
+    }
+
+
+# How moments are stored does not change what they are moments of.
+_STORAGE_FIELDS = ("flipped", "dtype")
+
+
+def identity_problems(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Fields in which shards (`found`) and a run (`expected`) differ, a sentence each; text fields only if stored."""
+    problems: list[str] = []
+    for key, value in expected.items():
+        if key in _STORAGE_FIELDS:
+            continue
+        stored = found.get(key)
+        if isinstance(stored, dict) and isinstance(value, dict):
+            names = sorted(stored.keys() | value.keys())
+            pairs = [(f"{key}.{name}", stored.get(name), value.get(name)) for name in names]
+        else:
+            pairs = [(key, stored, value)]
+        problems += [f"the shards were encoded with {name} {a}, but this run has {b}" for name, a, b in pairs if a != b]
+    return problems
+
+
+class Decoded(NamedTuple):
+    """A raw sample, ready to be encoded."""
+
+    key: str
+    caption: str
+    picture: Picture
+    note: dict[str, Any]
+    """The raw sample's own .json."""
+
+
+class RawSamples(Dataset[Decoded | Quarantined]):
+    """Raw samples by (shard, sample): center crop, no draws. One that cannot be used is a ledger line instead."""
+
+    def __init__(self, manifest: Manifest, resolution: int) -> None:
+        self.manifest = manifest
+        self.resolution = resolution
+        self.reader = ShardReader(manifest)
+
+    def __getitem__(self, place: tuple[int, int]) -> Decoded | Quarantined:
+        key = self.manifest.index(place[0]).key(place[1])
+        try:
+            members = self.reader.members(*place)
+            return Decoded(key, decode_caption(members), decode_picture(members, self.resolution), decode_json(members))
+        except DamagedSample as damage:
+            reason = damage.reason
+        except ValueError as error:
+            reason = str(error)
+        return Quarantined(self.manifest.shards[place[0]].name, key, reason, -1, "")
+
+
+def pending_shards(manifest: Manifest, out: Path, rank: int, world: int) -> list[int]:
+    """Shards of process `rank` that are not in `out` yet; every `world`-th shard is its share."""
+    share = range(rank, len(manifest.shards), world)
+    return [number for number in share if not (out / manifest.shards[number].name).exists()]
+
+
+def claim_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Marks `out` as encoded by `identity`, so that going on later with another encoder cannot mix the two.
+
+    Raises:
+        ValueError: the folder holds shards of another encoder; names the fields.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / IDENTITY_NAME
+    if not path.exists():
+        write_whole(path, (json.dumps(identity, indent=1) + "\n").encode())
+    found = json.loads(path.read_text("utf-8"))
+    if found != identity:
+        changed = [name for name in identity if found.get(name) != identity[name]]
+        raise ValueError(
+            f"{out} was begun with another encoding; remove it or choose another folder:\n  "
+            + "\n  ".join(f"{name} was {found.get(name)}, now {identity[name]}" for name in changed)
+        )
+
+
+@torch.inference_mode()
+def encode_shards(
+    manifest: Manifest,
+    shards: Sequence[int],
+    out: Path,
+    autoencoder: AutoencoderKL,
+    text_encoder: TextEncoder | None,
+    ledger: Ledger,
+    *,
+    resolution: int,
+    config: EncodingConfig,
+    device: torch.device,
+) -> Iterator[int]:
+    """Encodes the shards one after the other into `out`; yields the number of samples done after each batch.
+
+    Pictures are decoded by the workers while the device encodes. Samples that cannot be used are lines of the ledger
+    and missing from the encoded shard. A shard's encoded samples are held in memory until it is written.
+    """
+    places = [
+        [(shard, sample) for sample in range(first, min(first + config.batch_size, manifest.counts[shard]))]
+        for shard in shards
+        for first in range(0, manifest.counts[shard], config.batch_size)
+    ]
+    loader = DataLoader(
+        RawSamples(manifest, resolution),
+        batch_sampler=places,
+        collate_fn=list,
+        num_workers=config.workers,
+        worker_init_fn=start_worker,
+        prefetch_factor=2 if config.workers else None,
+    )
+    encode = partial(encode_batch, autoencoder=autoencoder, text_encoder=text_encoder, config=config, device=device)
+    batches = zip(places, loader, strict=True)
+    for shard, group in groupby(batches, key=lambda pair: pair[0][0][0]):
+        samples: list[dict[str, Any]] = []
+        for wanted, decoded in group:
+            ledger.append([one for one in decoded if isinstance(one, Quarantined)], seen=len(wanted))
+            usable = [one for one in decoded if isinstance(one, Decoded)]
+            samples += encode(usable) if usable else []
+            yield len(wanted)
+        write_shard(out / manifest.shards[shard].name, samples)
+
+
+def encode_batch(
+    batch: Sequence[Decoded],
+    autoencoder: AutoencoderKL,
+    text_encoder: TextEncoder | None,
+    config: EncodingConfig,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Encoded samples as `write_shard` takes them: raw moments (2C, h, w), neither sampled nor scaled."""
+    images = normalize(np.stack([one.picture.pixels for one in batch])).to(device)  # (B, 3, H, W) in [-1, 1]
+    moments = _stored(autoencoder.encode(images), config.dtype)
+    flipped = _stored(autoencoder.encode(images.flip(3)), config.dtype) if config.flipped else None
+    states = _stored(text_encoder.encode([one.caption for one in batch]), config.dtype) if text_encoder else None
+    samples = []
+    for i, one in enumerate(batch):
+        sample: dict[str, Any] = {"__key__": one.key, MOMENTS: moments[i], "txt": one.caption}
+        if flipped is not None:
+            sample[FLIPPED] = flipped[i]
+        if states is not None:
+            sample[TEXT] = states[i]
+        sample["json"] = one.note | {"size": one.picture.size, "crop": one.picture.crop}
+        samples.append(sample)
+    return samples
+
+
+def _stored(values: Tensor, dtype: str) -> np.ndarray:
+    """Raises OverflowError where float16 cannot hold the values: a shard with infinities would train nothing."""
+    array: np.ndarray = values.float().cpu().numpy().astype(dtype)
+    if not np.isfinite(array).all():
+        raise OverflowError(
+            f"encoded values up to {values.abs().max().item():.3g} do not fit {dtype}: set encoding.dtype to float32"
+        )
+    return array

@@ -1,0 +1,94 @@
+"""Pictures: from a file's bytes to RGB pixels of the training resolution.
+
+In: the bytes of a PNG, JPEG or WebP; a resolution; where to crop.
+Out: RGB on white, upright, resized and cropped, as uint8 pixels or as float32 in [-1, 1].
+"""
+
+import io
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+"""What is read: Pillow's name of the format, and the extension of such a member."""
+RAW_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+"""Members that are pictures; the first that a sample has is its picture."""
+
+
+class Picture(NamedTuple):
+    """A square of a picture, ready for the network but for its range."""
+
+    pixels: np.ndarray
+    """(resolution, resolution, 3) uint8"""
+    size: tuple[int, int]
+    """Height and width of the original, upright."""
+    crop: tuple[int, int]
+    """Top and left of the square in the resized picture."""
+
+
+def open_picture(data: bytes) -> tuple[Image.Image, str]:
+    """Decoded picture, upright and on white, in mode RGB, and the extension that its format has.
+
+    EXIF orientation is applied, transparency composed on white, 16 bits reduced to 8, and any other mode converted.
+
+    Raises:
+        ValueError: the bytes do not decode to the last pixel as PNG, JPEG or WebP.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        extension = FORMATS[str(picture.format)]
+        picture.load()
+        return _rgb_on_white(ImageOps.exif_transpose(picture)), extension
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files, SyntaxError among them
+        detail = "not a PNG, JPEG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"the picture does not decode: {detail}") from error
+
+
+def _rgb_on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if picture.mode == "RGBA":
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def resize(picture: Image.Image, resolution: int) -> Image.Image:
+    """The picture with a shorter side of `resolution`, antialiased (Lanczos); a smaller one is enlarged."""
+    width, height = picture.size
+    scale = resolution / min(width, height)
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def decode_picture(members: Mapping[str, bytes], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> Picture:
+    """A raw sample's picture, its shorter side brought to `resolution`, cropped to a square.
+
+    Args:
+        members: of the sample, by extension.
+        place: where to crop, vertically and horizontally: 0 at the top or left, 0.5 in the middle, below 1.
+
+    Raises:
+        ValueError: no picture among the members, or one that does not decode.
+    """
+    extension = next((one for one in RAW_EXTENSIONS if one in members), None)
+    if extension is None:
+        raise ValueError(f"no picture: the members are {sorted(members)}, expected one of {', '.join(RAW_EXTENSIONS)}")
+    original, _ = open_picture(members[extension])
+    picture = resize(original, resolution)
+    width, height = picture.size
+    top, left = int(place[0] * (height - resolution + 1)), int(place[1] * (width - resolution + 1))
+    pixels = np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+    return Picture(pixels, (original.height, original.width), (top, left))
+
+
+def normalize(pixels: np.ndarray | Tensor) -> Tensor:
+    """Pixels (B, H, W, 3) uint8 as the network takes them: (B, 3, H, W) float32 in [-1, 1]."""
+    tensor = torch.as_tensor(pixels)  # (B, H, W, 3)
+    return tensor.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
