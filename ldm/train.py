@@ -1,0 +1,249 @@
+"""Trains a text-to-image latent diffusion model: `accelerate launch ldm/train.py --config configs/X.yaml`.
+
+Enters: a RunConfig. Leaves: the run's folder with metrics, sample grids and checkpoints that are pipeline folders.
+Walk of a step: loader (position -> sample -> draws -> Batch) -> latents and conditioning -> loss per sample ->
+backward, accumulated over micro-batches -> clip -> AdamW -> average. The same command again resumes.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import RunConfig, parse_config, to_yaml
+from ldm.data.loader import Batch, make_loader, make_validation_loader
+from ldm.data.manifest import Manifest
+from ldm.diffusion.objective import Network, loss_per_sample, timesteps
+from ldm.models.autoencoder import sample_posterior, scale_latents
+from ldm.models.conditioning import Conditioning
+from ldm.training.distributed import StopRequest, first_lines, split_global_batch, start_accelerator
+from ldm.training.metrics import Clock, peak_memory_gib, window_metrics
+from ldm.training.optimizer import learning_rate, set_learning_rate
+from ldm.training.previews import draw_previews
+from ldm.training.run import Run, build_run, resume, save
+from ldm.training.validation import validation_loss
+
+INTERRUPTED = 75
+"""Exit status of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the training program; returns the exit status: 0 finished, 75 interrupted and resumable."""
+    config = parse_config(argv, prog="ldm/train.py", description=(__doc__ or "").splitlines()[0])
+    run_dir = Path(config.run_dir)
+    try:
+        accelerator = start_accelerator(config.distributed, config.wrapping.mixed_precision)
+        outcome, step = train(config, accelerator)
+    except BaseException as error:
+        write_status(run_dir, "failed", None, f"{type(error).__name__}: {error}")
+        raise
+    if accelerator.is_main_process:
+        write_status(run_dir, outcome, step, "")
+    accelerator.end_training()
+    return 0 if outcome == "finished" else INTERRUPTED
+
+
+def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
+    """Runs or resumes the training of `config`; returns "finished" or "interrupted", and the steps done."""
+    split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
+    say = sayer(accelerator)
+    for line in first_lines(accelerator, split):
+        say(line)
+    run = build_run(config, accelerator, split, say)
+    start, steps = resume(run, say), config.training.steps
+    if accelerator.is_main_process:
+        (run.run_dir / "config.yaml").write_text(to_yaml(config))
+        write_status(run.run_dir, "running", start, "")
+    run.metrics.forget_after(start)
+    batches, held_out = training_batches(run, start), validation_batches(run)
+    done, clock = start, Clock()
+    bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, mininterval=1.0)
+    with StopRequest(accelerator) as stop, bar:
+        for step in range(start, steps):
+            grad_norm, latents = train_step(run, step, batches, clock)
+            done = step + 1
+            bar.update()
+            validating = held_out is not None and due(done, config.validation.every, steps)
+            if validating or done == 1 or due(done, config.metrics.log_every, steps):
+                record = measure(run, done, grad_norm, latents, clock)
+                if validating and held_out is not None:
+                    with clock.paused():
+                        record["validation_loss"] = validate(run, held_out)
+                run.metrics.write(done, record)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
+                check_finite(record, done)
+            with clock.paused():
+                if config.previews.prompts and due(done, config.previews.every, steps):
+                    preview(run, done)
+                stopping = stop.agreed()
+                if stopping or due(done, config.training.checkpoint_every, steps):
+                    save(run, done)
+            if stopping:
+                break
+    run.metrics.close()
+    outcome = "finished" if done >= steps else "interrupted"
+    say(f"{outcome} after {done} of {steps} steps; checkpoint {run.run_dir / 'checkpoints' / 'latest'}")
+    return outcome, done
+
+
+def training_batches(run: Run, start: int) -> Iterator[Batch]:
+    """This process's micro-batches from step `start` on, in order."""
+    loader = make_loader(
+        run.config.data,
+        run.manifest,
+        run.config.seed,
+        latent_shape=run.latent_shape,
+        rank=run.accelerator.process_index,
+        world=run.split.processes,
+        micro_batch=run.split.micro_batch,
+        accumulation=run.split.accumulation,
+        start_step=start,
+        stop_step=run.config.training.steps,
+    )
+    return iter(loader)
+
+
+def validation_batches(run: Run) -> Iterable[Batch] | None:
+    """This process's share of the held-out batches, with draws that never change; None when there are none."""
+    if run.config.data.validation is None or run.config.validation.every == 0:
+        return None
+    return make_validation_loader(
+        run.config.data,
+        Manifest.load(run.config.data.validation),
+        run.config.seed,
+        latent_shape=run.latent_shape,
+        rank=run.accelerator.process_index,
+        world=run.split.processes,
+        batch_size=run.split.micro_batch,
+        samples=run.config.validation.samples,
+    )
+
+
+def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> tuple[Tensor, Tensor]:
+    """One optimizer step over one global batch; returns gradient norm (0-dim) and the last micro-batch's latents."""
+    config, accelerator = run.config, run.accelerator
+    set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
+    for micro in range(run.split.accumulation):
+        with clock.waiting():
+            batch = next(batches)
+        run.ledger.collect(batch.quarantined, len(batch.positions))
+        batch = batch.to(accelerator.device, non_blocking=True)
+        # Gradients are exchanged once a step, in the last micro-batch's backward.
+        last = micro == run.split.accumulation - 1
+        with nullcontext() if last else accelerator.no_sync(run.network):
+            loss, t, latents = batch_loss(run, run.network, batch)
+            # All micro-batches have one size, so that the mean of their means is the mean of the global batch.
+            accelerator.backward(loss.mean() / run.split.accumulation)
+        run.window.add(loss.detach(), t, config.noise.num_train_timesteps, batch.dropped)
+        clock.images += len(batch.positions) * run.split.processes
+    # After accumulation and, in fp16, unscaling: accelerate knows the scaler.
+    grad_norm = accelerator.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if not accelerator.optimizer_step_was_skipped:
+        run.ema.update()
+    return grad_norm, latents
+
+
+def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss per sample (B,), timesteps (B,) and latents (B, C, h, w) of a batch on the device."""
+    schedule, objective = run.pipeline.schedule, run.config.objective
+    latents, conditioning = latents_of(run, batch), conditioning_of(run, batch)
+    t = timesteps(batch.u, schedule, objective)
+    return loss_per_sample(network, schedule, objective, latents, batch.noise, t, conditioning), t, latents
+
+
+@torch.no_grad()
+def latents_of(run: Run, batch: Batch) -> Tensor:
+    """Scaled latents (B, C, h, w): moments from the shard or the autoencoder, sampled, and scaled here, once."""
+    autoencoder = run.pipeline.autoencoder
+    moments = autoencoder.encode(batch.images) if batch.moments is None else batch.moments
+    return scale_latents(sample_posterior(moments, batch.posterior_noise), autoencoder.config)
+
+
+@torch.no_grad()
+def conditioning_of(run: Run, batch: Batch) -> Conditioning:
+    """Text states (B, L, D), those of dropped captions replaced by the encoder's own empty caption."""
+    states = batch.text_states
+    if states is None:
+        states = run.pipeline.text_encoder.encode(batch.captions)
+    empty = run.pipeline.text_encoder.empty().float()
+    return Conditioning(text=torch.where(batch.dropped[:, None, None], empty, states.float()))
+
+
+def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Clock) -> dict[str, float]:
+    """The numbers of step `done`; empties the window. The only place where a step waits for the device. Collective."""
+    record = window_metrics(run.window.total())
+    run.window.clear()
+    run.ledger.share(run.accelerator)
+    return record | {
+        "lr": learning_rate(done - 1, run.config.training.steps, run.config.optimizer),
+        "grad_norm": float(grad_norm),
+        "latent_std": float(latents.float().std()),
+        "ema_decay": run.ema.decay(max(run.ema.updates - 1, 0)),
+        "quarantined": run.ledger.replaced,
+        "memory_gib": peak_memory_gib(run.accelerator.device),
+        **clock.read(),
+    }
+
+
+def check_finite(record: dict[str, float], done: int) -> None:
+    """Raises FloatingPointError on a loss or gradient that is not finite: nothing after it would be worth its cost."""
+    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        raise FloatingPointError(
+            f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}; checkpoints are from before. "
+            "Lower optimizer.lr, or set wrapping.mixed_precision to bf16 or no"
+        )
+
+
+@torch.no_grad()
+def validate(run: Run, held_out: Iterable[Batch]) -> float:
+    """Mean loss of the averaged weights over all held-out batches. Collective."""
+    device = run.accelerator.device
+    return validation_loss(
+        run.pipeline.unet,
+        run.ema,
+        (batch.to(device) for batch in held_out),
+        lambda batch: batch_loss(run, run.pipeline.unet, batch)[0],
+        device,
+    )
+
+
+def preview(run: Run, done: int) -> None:
+    """Draws the sample grid on the main process while the others wait. Collective."""
+    if run.accelerator.is_main_process:
+        grid = draw_previews(
+            run.pipeline, run.ema, run.config.previews, seed=run.config.seed, step=done, run_dir=run.run_dir
+        )
+        run.metrics.picture(done, "samples", grid)
+    run.accelerator.wait_for_everyone()
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens after `done` steps."""
+    return done == steps or bool(every and done % every == 0)
+
+
+def sayer(accelerator: Accelerator) -> Callable[[str], None]:
+    """Prints a line above the progress bar, on the main process only."""
+    return lambda line: tqdm.write(line, file=sys.stderr) if accelerator.is_main_process else None
+
+
+def write_status(run_dir: Path, outcome: str, step: int | None, reason: str) -> None:
+    """`status.json`: launchers hide exit statuses, so that a scheduler reads the outcome here."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".status.json.{os.getpid()}.partial"
+    temporary.write_text(json.dumps({"outcome": outcome, "step": step, "reason": reason}) + "\n")
+    os.replace(temporary, run_dir / "status.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Sample grids during training: the averaged weights draw the same prompts from the same noise, every N steps.
+
+Enters: a Pipeline around the network in training and its average. Leaves: `samples/step-00001000.png`, a labelled grid.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.grid import labelled_grid
+from ldm.pipeline import Pipeline, generate
+from ldm.training.ema import EMA
+
+
+@dataclass
+class PreviewConfig:
+    """Prompts that a run draws as it trains, and how; the noise of each is fixed by the run's seed."""
+
+    every: int = 1000
+    """Optimizer steps between two grids; 0 draws none."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts of the grid, in order."""
+    sampler: str = "dpmpp_2m"
+    """Sampler of the grid, a name that `ldm/sample.py --help` lists."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 5.0
+    """Scale of classifier-free guidance; 1 is the conditional network alone."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"previews.every: found {self.every}, expected 0 (off) or more")
+        if self.steps < 1:
+            raise ValueError(f"previews.steps: found {self.steps}, expected 1 or more")
+
+
+def draw_previews(
+    pipeline: Pipeline, ema: EMA, config: PreviewConfig, *, seed: int, step: int, run_dir: Path
+) -> Image.Image:
+    """Draws the grid of `step` with the averaged weights, writes it under `run_dir/samples` and returns it."""
+    training = pipeline.unet.training
+    pipeline.unet.eval()
+    try:
+        with ema.applied():
+            pictures = generate(
+                pipeline,
+                config.prompts,
+                seed=seed,
+                indices=list(range(len(config.prompts))),
+                sampler=config.sampler,
+                steps=config.steps,
+                guidance=config.guidance,
+            )
+    finally:
+        pipeline.unet.train(training)
+    grid = labelled_grid(pictures, config.prompts)
+    folder = run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step-{step:08d}.png")
+    return grid

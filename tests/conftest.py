@@ -1,0 +1,39 @@
+"""Real data for tests that train: emoji shards made by the project's tools, raw and encoded, once per test process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEBUG = ROOT / "configs" / "debug.yaml"
+
+
+def run_tool(*words: str | Path) -> str:
+    """Runs one of the project's programs with this Python; its output, or a failure that shows it."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def raw_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 59 emoji: hearts and geometric shapes."""
+    out = tmp_path_factory.mktemp("emoji") / "hearts"
+    run_tool(ROOT / "tools/make_demo_data.py", "--out", out, "--subset", "heart", "geometric", "--shards")
+    return out / "train"
+
+
+@pytest.fixture(scope="session")
+def encoded_shards(raw_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards encoded by tools/encode_latents.py."""
+    out = tmp_path_factory.mktemp("encoded") / "shards"
+    run_tool(
+        ROOT / "tools/encode_latents.py",
+        f"--config={DEBUG}",
+        f"--encoding.shards={raw_shards}",
+        f"--data.shards={out}",
+        "--encoding.workers=0",
+    )
+    return out

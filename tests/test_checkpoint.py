@@ -1,0 +1,158 @@
+"""Checkpoints are complete or not there: storage faults at each step of a save, and damage afterwards."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.training import checkpoint
+from ldm.training.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    find_checkpoint,
+    load_training_state,
+    newest_complete,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+def state(step: int) -> TrainingState:
+    weights = {"conv.weight": torch.full((3, 4), float(step)), "conv.bias": torch.tensor([float("nan"), 1.0])}
+    optimizer = {
+        "conv.weight/exp_avg": torch.arange(12.0).reshape(3, 4) + step,
+        "conv.weight/step": torch.tensor(7.0),
+    }
+    return TrainingState(step, weights, optimizer, ema_updates=step, scalars={"loss_window": [1.5, step]})
+
+
+def write_pipeline(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{}")
+    (folder / "unet").mkdir()
+    save_file({"conv.weight": torch.ones(3, 4)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def save(root: Path, step: int, keep: int = 0) -> Path:
+    return save_checkpoint(root, state(step), write_pipeline, config_yaml="seed: 0\n", keep=keep)
+
+
+def test_state_comes_back_as_it_was_saved(tmp_path):
+    saved = save(tmp_path, 3)
+    assert saved.name == "step-00000003"
+    assert (tmp_path / "latest").resolve() == saved.resolve()
+    loaded, average = load_training_state(tmp_path / "latest")
+    assert loaded.step == loaded.ema_updates == 3
+    assert loaded.scalars == {"loss_window": [1.5, 3]}
+    assert torch.equal(loaded.optimizer["conv.weight/exp_avg"], state(3).optimizer["conv.weight/exp_avg"])
+    assert torch.equal(average["conv.weight"], torch.ones(3, 4))
+
+
+def test_removing_any_file_or_changing_any_byte_is_found_and_named(tmp_path):
+    saved = save(tmp_path, 1)
+    names = sorted(json.loads((saved / "hashes.json").read_text()))
+    assert "training_state/optimizer.safetensors" in names
+    seed, trials = 5, 60
+    print(f"seed {seed}, {trials} flipped bytes, {len(names)} missing files")
+    draw = random.Random(seed)
+    for _ in range(trials):
+        path = saved / draw.choice(names)
+        content = path.read_bytes()
+        at = draw.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=f"{path.name} was altered"):
+            load_training_state(saved)
+        path.write_bytes(content)
+    for name in names:
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name} is missing"):
+            load_training_state(saved)
+        (saved / name).write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=f"{name} has {len(content) - 1} bytes, expected {len(content)}"):
+            load_training_state(saved)
+        (saved / name).write_bytes(content)
+    verify_checkpoint(saved)
+
+
+def test_resume_takes_the_newest_complete_one_and_says_what_it_passed_over(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000003" / "training_state" / "unet.safetensors").write_bytes(b"half")
+    (tmp_path / "step-00000009").mkdir()
+    said = []
+    assert newest_complete(tmp_path, said.append).name == "step-00000002"
+    assert len(said) == 2
+    assert "step-00000009: hashes.json is missing" in said[0]
+    assert "step-00000003: training_state/unet.safetensors has 4 bytes" in said[1]
+
+
+def test_none_complete_is_an_error_and_not_a_fresh_start(tmp_path):
+    (tmp_path / "step-00000009").mkdir()
+    with pytest.raises(CheckpointError, match="none is complete"):
+        newest_complete(tmp_path, lambda line: None)
+    assert newest_complete(tmp_path / "nothing", lambda line: None) is None
+
+
+@pytest.mark.parametrize("fault", ["save_file", "_flush", "file_hash", "replace", "pipeline"])
+def test_a_storage_fault_at_any_stage_leaves_the_previous_checkpoint_in_place(tmp_path, monkeypatch, fault):
+    first = save(tmp_path, 1, keep=1)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if fault == "replace":
+            patch.setattr(os, "replace", fail)
+        elif fault != "pipeline":
+            patch.setattr(checkpoint, fault, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path, state(2), fail if fault == "pipeline" else write_pipeline, config_yaml="", keep=1)
+    verify_checkpoint(first)
+    assert (tmp_path / "latest").resolve() == first.resolve()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert save(tmp_path, 2, keep=1).is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_storage_that_keeps_other_bytes_than_written_is_found_before_the_rename(tmp_path, monkeypatch):
+    def save_wrongly(tensors, path):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_wrongly)
+    with pytest.raises(CheckpointError, match="other values than were written"):
+        save(tmp_path, 1)
+    assert not (tmp_path / "step-00000001").exists()
+
+
+def test_the_oldest_is_removed_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    alive = []
+    prune = checkpoint._prune
+
+    def watched(root, keep, newest):
+        alive.append([verify_checkpoint(p) for p in root.glob("step-*")])
+        assert (root / "latest").resolve() == newest.resolve()
+        prune(root, keep, newest)
+
+    monkeypatch.setattr(checkpoint, "_prune", watched)
+    save(tmp_path, 3, keep=2)
+    assert len(alive[0]) == 3
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_is_found_from_the_run_folder_or_the_error_says_what_was_expected(tmp_path):
+    saved = save(tmp_path / "checkpoints", 1)
+    for given in (tmp_path, tmp_path / "checkpoints", saved):
+        assert find_checkpoint(given).resolve() == saved.resolve()
+    with pytest.raises(CheckpointError, match=r"expected model_index\.json"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
+    names = json.loads((save(tmp_path, 1) / "hashes.json").read_text())
+    assert {Path(name).suffix for name in names} == {".json", ".safetensors", ".yaml"}

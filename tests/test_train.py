@@ -1,0 +1,221 @@
+"""The training program on real emoji: losses, learning rates, draws, resuming, signals, and launchers.
+
+One process runs in this one; two processes, and runs that are to be interrupted, go through the real launchers.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import DEBUG, ROOT
+from safetensors.torch import load_file
+
+from ldm.train import INTERRUPTED, main
+from ldm.training.optimizer import OptimizerConfig, learning_rate
+
+
+def train(run_dir: Path, shards: Path, *options: str) -> list[dict]:
+    """Runs the program in this process; returns the lines of its metrics."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert main([f"--config={DEBUG}", f"--run_dir={run_dir}", f"--data.shards={shards}", *options]) == 0
+    return metrics(run_dir)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(launcher: list[str], run_dir: Path, shards: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """Starts the program under a launcher, two threads in all."""
+    words = [*launcher, str(ROOT / "ldm/train.py"), f"--config={DEBUG}", f"--run_dir={run_dir}", f"--data.shards={shards}"]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [*words, *options],
+        env=settings | environment,
+        cwd=run_dir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+ACCELERATE_2 = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint / "training_state"
+    return {
+        **{f"ema {n}": t for n, t in load_file(checkpoint / "unet/diffusion_pytorch_model.safetensors").items()},
+        **{f"weight {n}": t for n, t in load_file(state / "unet.safetensors").items()},
+        **{f"optimizer {n}": t for n, t in load_file(state / "optimizer.safetensors").items()},
+    }
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, encoded_shards) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(run_dir, encoded_shards)
+    return run_dir
+
+
+def test_epsilon_loss_starts_at_one_and_falls(undisturbed):
+    losses = [line["loss"] for line in metrics(undisturbed)]
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(1.0, abs=0.05)  # a zero output against unit noise
+    assert sum(losses[-5:]) / 5 < 0.8
+
+
+def test_latents_enter_the_network_with_unit_deviation(undisturbed):
+    # Scaled twice or never by SD's 0.18215 this would be 0.18 or 5.5; here the factor is folded into the autoencoder.
+    for line in metrics(undisturbed):
+        assert line["latent_std"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_logged_learning_rates_are_those_configured(undisturbed):
+    config = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=5)
+    for line in metrics(undisturbed):
+        assert line["lr"] == pytest.approx(learning_rate(line["step"] - 1, 20, config))
+    assert metrics(undisturbed)[0]["lr"] == pytest.approx(2e-4)
+    assert metrics(undisturbed)[4]["lr"] == pytest.approx(1e-3)
+    assert metrics(undisturbed)[-1]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_average_in_the_checkpoint_differs_from_the_weights_and_tracks_them(undisturbed):
+    state = weights(undisturbed / "checkpoints/latest")
+    name = "mid_block.resnets.0.conv1.weight"
+    start = weights(undisturbed / "checkpoints/step-00000010")[f"weight {name}"]
+    average, end = state[f"ema {name}"], state[f"weight {name}"]
+    assert not torch.equal(average, end)
+    assert 0 < (average - end).norm() < (start - end).norm() * 2
+
+
+def test_a_run_leaves_the_files_that_users_scripts_rely_on(undisturbed):
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/latest/model_index.json", "checkpoints/step-00000020"):
+        assert (undisturbed / name).exists(), name
+    assert json.loads((undisturbed / "status.json").read_text())["outcome"] == "finished"
+    assert {"step", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= metrics(undisturbed)[0].keys()
+
+
+def test_raw_shards_encoded_as_they_train_give_the_losses_of_encoded_ones(undisturbed, raw_shards, tmp_path):
+    lines = train(tmp_path / "raw", raw_shards)
+    for ours, theirs in zip(lines, metrics(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)  # moments are stored in float16
+        assert ours["captions_dropped"] == theirs["captions_dropped"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_losses_do_not_depend_on_the_number_of_workers(undisturbed, encoded_shards, tmp_path, workers):
+    lines = train(tmp_path / "run", encoded_shards, f"--data.workers={workers}", "--training.checkpoint_every=0")
+    assert [line["loss"] for line in lines] == [line["loss"] for line in metrics(undisturbed)]
+
+
+def test_accumulation_gives_the_losses_and_weights_of_the_whole_batch(undisturbed, encoded_shards, tmp_path):
+    lines = train(tmp_path / "run", encoded_shards, "--training.max_micro_batch=4")
+    for ours, theirs in zip(lines, metrics(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_resuming_gives_the_undisturbed_run_byte_by_byte(undisturbed, encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    train(run, encoded_shards, "--metrics.log_every=3")  # a window that a checkpoint cuts
+    (run / "checkpoints/step-00000020").rename(tmp_path / "whole")
+    whole = metrics(run)
+    (run / "checkpoints/latest").unlink()
+    again = train(run, encoded_shards, "--metrics.log_every=3")
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in whole]
+    assert_same_state(run / "checkpoints/latest", tmp_path / "whole")
+    assert_same_state(run / "checkpoints/latest", undisturbed / "checkpoints/latest")
+
+
+def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on_from_it(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    options = ("--optimizer.schedule=constant", "--training.checkpoint_every=0")
+    train(run, encoded_shards, "--training.steps=6", *options)
+    assert len(train(run, encoded_shards, "--training.steps=6", *options)) == 6
+    assert [line["step"] for line in train(run, encoded_shards, "--training.steps=8", *options)] == list(range(1, 9))
+
+
+def test_a_checkpoint_that_lacks_a_file_is_passed_over_and_named(encoded_shards, tmp_path, capfd):
+    run = tmp_path / "run"
+    train(run, encoded_shards)
+    (run / "checkpoints/step-00000020/unet/diffusion_pytorch_model.safetensors").unlink()
+    train(run, encoded_shards)
+    said = capfd.readouterr().err
+    assert "passing over checkpoint step-00000020: unet/diffusion_pytorch_model.safetensors is missing" in said
+    assert "resuming after step 10" in said
+
+
+def test_resuming_with_another_seed_is_refused_with_the_setting(undisturbed, encoded_shards):
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        train(undisturbed, encoded_shards, "--seed=1")
+
+
+def test_parts_that_do_not_fit_are_listed_together(encoded_shards, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)unet\.in_channels is 8.*unet\.cross_attention_dim is 64"):
+        train(tmp_path / "run", encoded_shards, "--unet.in_channels=8", "--unet.cross_attention_dim=64")
+    assert json.loads((tmp_path / "run/status.json").read_text())["outcome"] == "failed"
+
+
+def test_shards_of_another_encoder_are_refused_with_the_field(encoded_shards, tmp_path):
+    with pytest.raises(ValueError, match=r"text_encoder.*max_length"):
+        train(tmp_path / "run", encoded_shards, "--text_encoder.max_length=12")
+
+
+@pytest.mark.parametrize("launcher", [ACCELERATE_2, TORCHRUN_2], ids=["accelerate", "torchrun"])
+def test_two_processes_give_the_losses_and_learning_rates_of_one(undisturbed, encoded_shards, tmp_path, launcher):
+    run = tmp_path / "run"
+    process = launch(launcher, run, encoded_shards, "--data.workers=1", "--distributed.engine=ddp", ACCELERATE_USE_CPU="true")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "DDP over gloo, 2 processes" in output
+    assert "global batch 16 = 2 processes x 1 accumulation x 8 micro-batch" in output
+    for ours, theirs in zip(metrics(run), metrics(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["lr"] == theirs["lr"]
+        assert ours["captions_dropped"] == theirs["captions_dropped"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_launcher_that_silently_starts_one_process_is_refused(encoded_shards, tmp_path):
+    launcher = ["accelerate", "launch", "--cpu", "--num_processes", "2"]
+    process = launch(launcher, tmp_path / "run", encoded_shards)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "2 processes were asked for" in output
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_in_a_complete_checkpoint_that_resumes_to_the_undisturbed_run(undisturbed, encoded_shards, tmp_path, name):
+    run = tmp_path / "run"
+    options = ("--training.checkpoint_every=0", "--data.workers=1")
+    process = launch([sys.executable], run, encoded_shards, *options)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, getattr(signal, name))  # Ctrl-C reaches the loader's workers as well
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, output
+    assert json.loads((run / "status.json").read_text())["outcome"] == "interrupted"
+    stopped = json.loads((run / "checkpoints/latest/training_state/state.json").read_text())["step"]
+    assert 3 <= stopped < 20
+    train(run, encoded_shards, *options)
+    assert_same_state(run / "checkpoints/latest", undisturbed / "checkpoints/latest")

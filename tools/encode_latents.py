@@ -1,0 +1,99 @@
+"""Encodes raw shards into latents: `accelerate launch tools/encode_latents.py --config configs/X.yaml`.
+
+In: `encoding.shards` (and `encoding.validation`) with their manifests. Out: encoded shards in `data.shards` (and
+`data.validation`): moments, captions, text states, and a manifest with the encoder's identity. Several processes share
+the shards; run again, it goes on where it stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ldm.config import RunConfig, parse_config
+from ldm.data.encoding import claim_folder, encode_shards, encoder_identity, pending_shards
+from ldm.data.manifest import Manifest, build_manifest
+from ldm.data.quarantine import Ledger
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.pretrained import resolve_source
+from ldm.models.text_encoder import TextEncoder
+from ldm.training.distributed import start_accelerator
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    config = parse_config(argv, prog="tools/encode_latents.py", description=(__doc__ or "").splitlines()[0])
+    if config.encoding.shards is None:
+        raise SystemExit("encoding.shards is not set: name the folder of the raw shards")
+    pairs = [(config.encoding.shards, config.data.shards)]
+    if config.encoding.validation is not None:
+        if config.data.validation is None:
+            raise SystemExit("encoding.validation is set, but data.validation is not: name the folder to write to")
+        pairs.append((config.encoding.validation, config.data.validation))
+    for raw, out in pairs:
+        if Path(raw).resolve() == Path(out).resolve():
+            raise SystemExit(f"raw and encoded shards have the same folder {raw}: set data.shards to another")
+    accelerator = start_accelerator(config.distributed, "no")
+    autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).eval().to(accelerator.device)
+    text_encoder = TextEncoder(config.text_encoder, accelerator.device)
+    for raw, out in pairs:
+        encode_folder(Path(raw), Path(out), config, accelerator, autoencoder, text_encoder)
+    accelerator.end_training()
+    return 0
+
+
+def encode_folder(
+    raw: Path,
+    out: Path,
+    config: RunConfig,
+    accelerator: Accelerator,
+    autoencoder: AutoencoderKL,
+    text_encoder: TextEncoder,
+) -> None:
+    """Encodes one folder of raw shards; the manifest comes last, when all processes are done."""
+    manifest = Manifest.load(raw)
+    manifest.check_files()
+    stores_text = config.encoding.text_states
+    identity = encoder_identity(
+        autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stores_text
+    )
+    with accelerator.main_process_first():
+        claim_folder(out, identity)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    shards = pending_shards(manifest, out, rank, world)
+    # Each process has a ledger of its own: lines of several in one file could interleave on shared storage.
+    name = "quarantine.jsonl" if world == 1 else f"quarantine-{rank}.jsonl"
+    ledger = Ledger(out / name, config.data.quarantine_limit)
+    if rank == 0:
+        ledger.append(manifest.damaged())
+    done = encode_shards(
+        manifest,
+        shards,
+        out,
+        autoencoder,
+        text_encoder if stores_text else None,
+        ledger,
+        resolution=config.data.resolution,
+        config=config.encoding,
+        device=accelerator.device,
+    )
+    total = sum(manifest.counts[shard] for shard in shards)
+    with tqdm(total=total, desc=f"encoding {raw}", unit="picture", disable=rank != 0) as bar:
+        for samples in done:
+            bar.update(samples)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        encoded = build_manifest(out, encoder=identity, progress=False)
+        lost = sum(manifest.counts) - sum(encoded.counts)
+        print(
+            f"{out}: {sum(encoded.counts):,} encoded samples in {len(encoded.counts)} shards"
+            + (f"; {lost:,} could not be used, see {out}/quarantine*.jsonl" if lost else "")
+        )
+    ledger.check()
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
