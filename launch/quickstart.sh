@@ -22,11 +22,18 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
   launch+=(--cpu)
 fi
 
-stage shards python tools/make_demo_data.py --out data/demo --shards
+demo_data() { # appears under its name only when it is complete
+  if [ -d data/demo ]; then echo "data/demo is there"; else
+    python tools/make_demo_data.py --out data/demo --shards --validation 16
+  fi
+}
+stage shards demo_data
 stage latents "${launch[@]}" tools/encode_latents.py --config "$config" --run_dir "$run"
 stage training "${launch[@]}" ldm/train.py --config "$config" --run_dir "$run" "$@"
-stage samples python ldm/sample.py --checkpoint "$run" --prompts configs/demo_prompts.txt --grid --out "$run/samples.png"
-stage retrieval python ldm/evaluate.py --checkpoint "$run" --shards data/demo/train --captions 64 --out "$run/retrieval.json"
+stage samples python ldm/sample.py --checkpoint "$run" --prompts configs/demo_prompts.txt \
+  --steps 20 --guidance 4 --grid --out "$run/samples.png"
+stage retrieval python ldm/evaluate.py --checkpoint "$run" --shards data/demo/train --captions 64 \
+  --steps 20 --guidance 4 --out "$run/retrieval"
 
 echo
 echo "done: $run/samples.png"

@@ -109,17 +109,17 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
 def parse_config(argv: Sequence[str] | None = None, *, prog: str, description: str) -> RunConfig:
     """RunConfig of `--config FILE` and dotted overrides; exits with status 2, naming the setting that is wrong."""
     parser = make_parser(prog, description)
-    parsed = parser.parse_args(argv)
-    config = build(parser, parsed)
-    check_fields(config)
-    return config
+    return build(parser, parser.parse_args(argv))
 
 
 def build(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    """RunConfig out of what the parser read; a value that a part refuses ends as the parser's other errors do."""
     try:
         ready = parser.instantiate(parsed)
         values = {f.name: ready[f.name] for f in dataclasses.fields(RunConfig)}
-        return RunConfig(**values)
+        config = RunConfig(**values)
+        check_fields(config)
+        return config
     except ValueError as error:
         parser.error(str(error))
 

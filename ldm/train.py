@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import RunConfig, parse_config, to_yaml
-from ldm.data.loader import Batch, make_loader, make_validation_loader
+from ldm.data.batch import Batch
+from ldm.data.loader import make_loader, make_validation_loader
 from ldm.data.manifest import Manifest
 from ldm.diffusion.objective import Network, loss_per_sample, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
@@ -122,7 +124,7 @@ def validation_batches(run: Run) -> Iterable[Batch] | None:
         latent_shape=run.latent_shape,
         rank=run.accelerator.process_index,
         world=run.split.processes,
-        batch_size=run.split.micro_batch,
+        micro_batch=run.split.micro_batch,
         samples=run.config.validation.samples,
     )
 
@@ -165,7 +167,10 @@ def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor
 def latents_of(run: Run, batch: Batch) -> Tensor:
     """Scaled latents (B, C, h, w): moments from the shard or the autoencoder, sampled, and scaled here, once."""
     autoencoder = run.pipeline.autoencoder
-    moments = autoencoder.encode(batch.images) if batch.moments is None else batch.moments
+    moments = batch.moments
+    if moments is None:
+        assert batch.images is not None, "a batch holds moments or images"
+        moments = autoencoder.encode(batch.images)
     return scale_latents(sample_posterior(moments, batch.posterior_noise), autoencoder.config)
 
 
@@ -179,7 +184,7 @@ def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     return Conditioning(text=torch.where(batch.dropped[:, None, None], empty, states.float()))
 
 
-def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Clock) -> dict[str, float]:
+def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Clock) -> dict[str, Any]:
     """The numbers of step `done`; empties the window. The only place where a step waits for the device. Collective."""
     record = window_metrics(run.window.total())
     run.window.clear()
@@ -195,7 +200,7 @@ def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Cloc
     }
 
 
-def check_finite(record: dict[str, float], done: int) -> None:
+def check_finite(record: dict[str, Any], done: int) -> None:
     """Raises FloatingPointError on a loss or gradient that is not finite: nothing after it would be worth its cost."""
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise FloatingPointError(
@@ -208,13 +213,12 @@ def check_finite(record: dict[str, float], done: int) -> None:
 def validate(run: Run, held_out: Iterable[Batch]) -> float:
     """Mean loss of the averaged weights over all held-out batches. Collective."""
     device = run.accelerator.device
-    return validation_loss(
-        run.pipeline.unet,
-        run.ema,
-        (batch.to(device) for batch in held_out),
-        lambda batch: batch_loss(run, run.pipeline.unet, batch)[0],
-        device,
-    )
+
+    def loss_of(batch: Batch) -> Tensor:
+        run.ledger.collect(batch.quarantined, len(batch.positions))
+        return batch_loss(run, run.pipeline.unet, batch.to(device))[0]
+
+    return validation_loss(run.pipeline.unet, run.ema, held_out, loss_of, device)
 
 
 def preview(run: Run, done: int) -> None:

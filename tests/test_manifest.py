@@ -1,4 +1,4 @@
-"""Indexes and manifests of shards that others wrote, whole and damaged, against tarfile and the stock webdataset reader."""
+"""Indexes and manifests of shards that others wrote, whole and damaged, against tarfile and the stock reader."""
 
 import io
 import json

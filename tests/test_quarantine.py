@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from ldm.data.quarantine import Ledger, QuarantineLimitError, Quarantined
+from ldm.data.quarantine import Ledger, Quarantined, QuarantineLimitError
 
 
 def record(number: int, position: int | None = None, reason: str = "cut short") -> Quarantined:

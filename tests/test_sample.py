@@ -172,3 +172,13 @@ def test_incomplete_and_altered_checkpoints_are_refused_by_file_name(pipeline, t
     (checkpoint / HASHES).unlink()
     assert "the checkpoint was not finished" in refusal(capsys, *words)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_prompt_longer_than_the_encoder_takes_is_drawn_and_reported_with_its_text(run, tmp_path, caplog) -> None:
+    prompt = "one heart " * 20
+    with caplog.at_level("WARNING"):
+        main(["--checkpoint", str(run), "--prompt", prompt, "--out", str(tmp_path / "a.png"), *FAST])
+    assert (tmp_path / "a.png").is_file()
+    assert (
+        f"cut to the 16 that the text encoder takes (further ones are counted, not reported): {prompt!r}" in caplog.text
+    )

@@ -273,7 +273,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         counts = make_demo_data(**vars(arguments))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{arguments.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " samples")
 

@@ -295,7 +295,7 @@ def all_processes(run: Trained, values: Tensor) -> Tensor:
 def fixed_pictures(
     run: Trained, shards: Manifest, count: int | None, rank: int = 0, world: int = 1
 ) -> Iterator[Tensor]:
-    """The first `count` pictures (None: all) in file order, neither mirrored nor cropped at random: one rank's share."""
+    """The first `count` pictures (None: all) in file order, centre-cropped, not mirrored; one rank's share."""
     loader = make_validation_loader(
         dataclasses.replace(run.config.data, workers=0),
         shards,

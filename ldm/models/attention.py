@@ -51,8 +51,8 @@ def select_backend(name: str, device: torch.device | str, dtype: torch.dtype) ->
         dtype: that of the queries; under autocast the autocast dtype.
 
     Raises:
-        ValueError: there is no backend of this name. RuntimeError: it does not work here; the message has the
-            cause.
+        ValueError: there is no backend of this name.
+        RuntimeError: it does not work here; the message has the cause.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention backend: found {name!r}, expected auto, {', '.join(BACKENDS)}")

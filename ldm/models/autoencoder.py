@@ -1,8 +1,7 @@
 """The KL autoencoder between pictures and latents (Rombach et al. 2022, arXiv:2112.10752).
 
 Enters: pictures (B, 3, H, W) in [-1, 1], or unscaled latents (B, C, H / f, W / f).
-Leaves: moments (B, 2C, H / f, W / f) of the posterior, raw, or pictures. Scaling of latents is here and
-nowhere else.
+Leaves: raw moments (B, 2C, H / f, W / f) of the posterior, or pictures. Latents are scaled here and nowhere else.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Residual, resampling and transformer blocks of which the UNet and the autoencoder are made.
 
 Enters: feature maps (B, C, H, W), for the UNet also an embedding of the timestep and the text states.
-Leaves: feature maps. Attribute names are those of diffusers' state dicts; memory order (channels_last) is
-kept.
+Leaves: feature maps. Attribute names are those of diffusers' state dicts; memory order (channels_last) stays.
 """
 
 import math
@@ -31,8 +30,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in the dtype of its input (sums are float32 in the kernel), also under autocast.
 
-    Autocast on CUDA would run it in float32, and the SiLU after it: three times the memory traffic and twice
-    the saved
+    Autocast on CUDA would run it in float32, and the SiLU after it: three times the memory traffic and twice the saved
     activations, for a result that the next convolution rounds anyway.
     """
 

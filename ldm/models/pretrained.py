@@ -41,10 +41,9 @@ def resolve_source(source: str | Path) -> Path:
     """Returns the local path of a model's source.
 
     Args:
-        source: a local folder or file; `package:NAME/sub/folder`, a folder inside an installed Python
-            package, which is found without importing it; or a hub name, `owner/model` or
-            `owner/model/sub/folder`, downloaded to the cache of huggingface_hub (no pickles among the files
-            taken).
+        source: a local folder or file; `package:NAME/sub/folder`, a folder inside an installed Python package, which is
+            found without importing it; or a hub name, `owner/model` or `owner/model/sub/folder`, downloaded to the
+            cache of huggingface_hub (no pickles among the files taken).
 
     Raises:
         FileNotFoundError: nothing is there, the package is not installed, or the hub cannot be reached.
@@ -106,8 +105,7 @@ def load_weights(module: nn.Module, path: Path, *, what: str, rename: Callable[[
 
     Args:
         module: parameters must have storage (not the meta device).
-        path: a .safetensors file, a .safetensors.index.json of a sharded model, or a folder that holds one of
-            them.
+        path: a .safetensors file, a .safetensors.index.json of a sharded model, or a folder that holds one of them.
         what: name of the model in error messages.
         rename: maps a name in the file to the module's name; identity when None.
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm.data.loader import Batch
+from ldm.data.batch import Batch
 from ldm.models.unet import UNet
 from ldm.training.ema import EMA
 

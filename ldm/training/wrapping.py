@@ -35,7 +35,7 @@ def wrap_network(unet: UNet, accelerator: Accelerator, config: WrappingConfig) -
     # 1. Device and memory format, before anything holds a reference to a parameter's storage.
     unet.to(accelerator.device)
     if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # 2. The attention backend is tried on the device in the precision that autocast will use.
     precision: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     unet.set_attention_backend(select_backend(config.attention, accelerator.device, precision[config.mixed_precision]))

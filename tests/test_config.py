@@ -1,0 +1,97 @@
+"""Every configuration that is shipped parses; unknown settings are errors; what is saved reads back the same."""
+
+import dataclasses
+
+import pytest
+import yaml
+from conftest import DEBUG, ROOT
+
+from ldm.config import RunConfig, differences, load_config, make_parser, parse_config, to_dict, to_yaml
+
+RUNS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "run_dir" in p.read_text() and "unet" in p.read_text())
+
+
+def parse(*words: str) -> RunConfig:
+    return parse_config(list(words), prog="ldm/train.py", description="")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_every_shipped_config_parses_and_its_resolved_form_reads_back_the_same(path, tmp_path):
+    config = parse(f"--config={path}")
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    again = load_config(tmp_path / "resolved.yaml")
+    assert to_dict(again) == to_dict(config)
+    assert differences(to_dict(config), yaml.safe_load(to_yaml(config))) == []
+
+
+def test_the_configs_that_users_rely_on_are_there():
+    assert {"demo", "debug", "sd15", "sd21"} <= {p.stem for p in RUNS}
+
+
+def test_stable_diffusion_configs_train_epsilon_on_epsilon():
+    for name in ("sd15", "sd21"):
+        objective = parse(f"--config={ROOT / 'configs' / name}.yaml").objective
+        assert (objective.parameterization, objective.loss) == ("epsilon", "epsilon")
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line():
+    config = parse(f"--config={DEBUG}", "--training.steps=7", "--run_dir=elsewhere")
+    assert config.optimizer.beta1 == 0.9
+    assert config.training.global_batch == 16
+    assert (config.training.steps, config.run_dir) == (7, "elsewhere")
+
+
+@pytest.mark.parametrize("word", ["--training.stepz=7", "--unet.layer_per_block=1", "--colour=red"])
+def test_an_unknown_setting_on_the_command_line_is_an_error_that_names_it(word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(f"--config={DEBUG}", word)
+    assert stop.value.code == 2
+    assert word.split("=")[0].lstrip("-").split(".")[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("part", "name"), [(None, "lerning"), ("optimizer", "learning_rate"), ("data", "shard")])
+def test_an_unknown_setting_in_the_file_is_an_error_that_names_it(part, name, tmp_path, capsys):
+    content = yaml.safe_load(DEBUG.read_text())
+    (content if part is None else content[part])[name] = 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as stop:
+        parse(f"--config={tmp_path / 'run.yaml'}")
+    assert stop.value.code == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--optimizer.warmup_steps=21", "optimizer.warmup_steps is 21, but training.steps only 20"),
+        ("--ema.decay=1.5", "ema.decay: found 1.5"),
+        ("--data.caption_dropout=2", "data.caption_dropout is 2"),
+        ("--objective.parameterization=noise", "parameterization"),
+    ],
+)
+def test_an_impossible_value_ends_with_status_2_and_says_what_is_allowed(word, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(f"--config={DEBUG}", word)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_every_setting():
+    parser = make_parser("ldm/train.py", "")
+    text = " ".join(parser.format_help().split())
+    for part in dataclasses.fields(RunConfig):
+        kind = part.type
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else []
+        assert f"--{part.name}" in text
+        for one in fields:
+            assert f"--{part.name}.{one.name} " in text, one.name
+    undocumented = [a.dest for a in parser._actions if a.help in (None, "") and a.dest not in ("help",)]
+    assert undocumented == []
+
+
+def test_only_what_makes_another_run_counts_as_a_difference():
+    config = to_dict(parse(f"--config={DEBUG}"))
+    other = to_dict(parse(f"--config={DEBUG}", "--training.steps=99", "--data.workers=3", "--metrics.log_every=5"))
+    assert differences(config, other) == []
+    other = to_dict(parse(f"--config={DEBUG}", "--data.flip=0.5", "--training.global_batch=8"))
+    assert differences(config, other) == ["data.flip: 0.0 -> 0.5", "training.global_batch: 16 -> 8"]

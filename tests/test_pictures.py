@@ -1,0 +1,140 @@
+"""Pictures: white behind transparency, orientation, depth, sizes and crops, against pixels known in advance."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.pictures import decode_picture, normalize, open_picture, resize
+
+
+def stored(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form, **options)
+    return out.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "extension"),
+    [("PNG", {}, "png"), ("WEBP", {"lossless": True}, "webp"), ("JPEG", {"quality": 100, "subsampling": 0}, "jpg")],
+)
+def test_the_three_formats_decode_to_their_pixels(form: str, options: dict, extension: str) -> None:
+    pixels = np.asarray(Image.fromarray(noise(3, 4)).resize((40, 30), Image.Resampling.BICUBIC))
+    picture, found = open_picture(stored(Image.fromarray(pixels), form, **options))
+    assert found == extension
+    np.testing.assert_allclose(np.asarray(picture, dtype=int), pixels, atol=4 if form == "JPEG" else 0)
+
+
+def test_transparency_is_composed_on_white() -> None:
+    pixels = noise(4, 5, 4)
+    picture, _ = open_picture(stored(Image.fromarray(pixels)))
+    alpha = pixels[..., 3:] / 255
+    np.testing.assert_allclose(np.asarray(picture), pixels[..., :3] * alpha + 255 * (1 - alpha), atol=1)
+    grey, _ = open_picture(stored(Image.fromarray(pixels[..., :2], "LA")))
+    alpha = pixels[..., 1:2] / 255
+    expected = np.repeat(pixels[..., :1] * alpha + 255 * (1 - alpha), 3, axis=2)
+    np.testing.assert_allclose(np.asarray(grey), expected, atol=1)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    picture, _ = open_picture(stored(palette, transparency=1))
+    assert np.asarray(picture).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_grey_sixteen_bit_and_cmyk_pictures_become_rgb() -> None:
+    grey = np.array([[0, 128, 255]], dtype=np.uint8)
+    assert np.asarray(open_picture(stored(Image.fromarray(grey)))[0])[0, :, 2].tolist() == [0, 128, 255]
+    deep = np.array([[0, 0x80FF, 0xFFFF]], dtype=np.uint16)
+    assert np.asarray(open_picture(stored(Image.fromarray(deep)))[0])[0, :, 1].tolist() == [0, 128, 255]
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = np.asarray(open_picture(stored(cmyk, "JPEG", quality=100))[0])[8, 8]
+    assert red[0] > 200
+    assert red[1:].max() < 60
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = np.zeros((8, 16, 3), dtype=np.uint8)
+    upright[:4, :8] = 255  # the top left quarter is white
+    turn = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = stored(Image.fromarray(np.ascontiguousarray(turn(upright))), "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_picture(data)[0]), upright)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_every_truncation_of_a_picture_is_an_error(form: str) -> None:
+    data = stored(Image.fromarray(noise(20, 20)), form)
+    # The last bytes may be only the mark of the end (PNG: 12, JPEG: 2).
+    for length in [*range(0, len(data) - 12, 23), len(data) // 2]:
+        with pytest.raises(ValueError, match="does not decode"):
+            open_picture(data[:length])
+
+
+def test_other_formats_are_refused_by_name() -> None:
+    for form in ("GIF", "BMP", "TIFF", "EPS"):
+        with pytest.raises(ValueError, match="not a PNG, JPEG or WebP"):
+            open_picture(stored(Image.fromarray(noise(4, 4)), form))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 200), (300, 64), (65, 64), (1000, 333), (16, 40)])
+def test_the_shorter_side_becomes_the_resolution_and_the_shape_stays(height: int, width: int) -> None:
+    resized = resize(Image.new("RGB", (width, height)), 64)
+    assert min(resized.size) == 64
+    assert abs(resized.width / resized.height / (width / height) - 1) < 0.03
+
+
+def test_resizing_is_antialiased() -> None:
+    stripes = np.zeros((256, 256, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    small = np.asarray(resize(Image.fromarray(stripes), 32))[4:-4, 4:-4]
+    assert abs(small.astype(int) - 127).max() <= 4  # nearest or plain bilinear sampling gives 0 or 255
+
+
+@pytest.mark.parametrize(("shape", "crop"), [((8, 8), (0, 0)), ((8, 20), (0, 6)), ((21, 8), (7, 0))])
+def test_the_center_crop_is_centered_and_reported(shape: tuple[int, int], crop: tuple[int, int]) -> None:
+    pixels = noise(*shape)
+    picture = decode_picture({"png": stored(Image.fromarray(pixels))}, 8)
+    top, left = crop
+    np.testing.assert_array_equal(picture.pixels, pixels[top : top + 8, left : left + 8])
+    assert (picture.size, picture.crop) == (shape, crop)
+
+
+def test_all_places_of_a_crop_are_inside_of_the_picture() -> None:
+    data = {"webp": stored(Image.fromarray(noise(8, 11)), "WEBP", lossless=True)}
+    lefts = [decode_picture(data, 8, (0.0, place)).crop[1] for place in (0.0, 0.24, 0.26, 0.5, 0.76, 1 - 2**-53)]
+    assert lefts == [0, 0, 1, 2, 3, 3]
+    assert all(decode_picture(data, 8, (0.999, place)).pixels.shape == (8, 8, 3) for place in (0, 0.999))
+
+
+def test_a_sample_without_picture_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the members are \['txt'\]"):
+        decode_picture({"txt": b""}, 8)
+
+
+def test_pixels_are_normalized_to_minus_one_to_one_channels_first() -> None:
+    pixels = noise(5, 7)
+    pixels[0, 0], pixels[0, 1] = 0, 255
+    images = normalize(np.stack([pixels, pixels[:, ::-1]]))
+    assert images.shape == (2, 3, 5, 7)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert (images.min(), images.max()) == (-1, 1)
+    np.testing.assert_allclose(images[0].permute(1, 2, 0), pixels.astype(np.float64) / 255 * 2 - 1, atol=1e-6)
+    assert torch.equal(images[1], images[0].flip(2))
