@@ -227,7 +227,7 @@ def test_loss_is_float32_under_autocast_and_the_network_is_called_once() -> None
     t, conditioning = torch.tensor([10, 500, 990]), nothing(3)
     for source in NAMES:
         network = Recorder()
-        config = ObjectiveConfig(parameterization=source, weight="min_snr")  # type: ignore[arg-type]
+        config = ObjectiveConfig(parameterization=source, loss=source, weight="min_snr")  # type: ignore[arg-type]
         with torch.autocast("cpu", torch.bfloat16):
             found = loss_per_sample(network, SCHEDULE, config, x0, noise, t, conditioning)
         assert len(network.calls) == 1
@@ -306,9 +306,9 @@ def test_logit_normal_timesteps_have_a_normal_logit(mean: float, std: float) -> 
     assert timesteps(ends, SCHEDULE, far).tolist() == [0, 999]
 
 
-def test_loss_is_that_of_the_parameterization_unless_set() -> None:
-    assert ObjectiveConfig(parameterization="v").loss == "v"
-    assert ObjectiveConfig(parameterization="v", loss="epsilon").loss == "epsilon"
+def test_the_noise_s_error_is_minimized_unless_set_whatever_the_network_puts_out() -> None:
+    assert [ObjectiveConfig(parameterization=name).loss for name in NAMES] == ["epsilon"] * len(NAMES)
+    assert ObjectiveConfig(parameterization="v", loss="v").loss == "v"
 
 
 @pytest.mark.parametrize(

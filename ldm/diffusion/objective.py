@@ -26,8 +26,8 @@ class ObjectiveConfig:
 
     parameterization: TargetName = "epsilon"
     """What the network puts out: the noise, the velocity v = alpha noise - sigma x0, or the clean latents."""
-    loss: TargetName | None = None
-    """Whose error is minimized, after exact conversion of the prediction; unset: the parameterization's own."""
+    loss: TargetName = "epsilon"
+    """Whose error is minimized, after exact conversion of the prediction; independent of the parameterization."""
     weight: Literal["uniform", "min_snr"] = "uniform"
     """Weight of that error: 1, or min(SNR, gamma) in terms of x0's error (Hang et al. 2023) whatever `loss` is. With
     zero terminal SNR min_snr gives the last timestep, where sampling starts, weight 0: uniform suits it better."""
@@ -41,8 +41,6 @@ class ObjectiveConfig:
     """Standard deviation of logit(t / T) with logit_normal."""
 
     def __post_init__(self) -> None:
-        if self.loss is None:
-            self.loss = self.parameterization
         choices: dict[str, list[str]] = {
             "parameterization": [*TARGETS],
             "loss": [*TARGETS],
@@ -144,7 +142,7 @@ MIN_SNR: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def min_snr(snr: Tensor, config: ObjectiveConfig) -> Tensor:
     """min(SNR, gamma) on x0's error, written for the error that `loss` names (Hang et al. 2023, section 3.4)."""
-    return MIN_SNR[config.loss or config.parameterization](snr, config.min_snr_gamma)
+    return MIN_SNR[config.loss](snr, config.min_snr_gamma)
 
 
 WEIGHTS: dict[str, Callable[[Tensor, ObjectiveConfig], Tensor]] = {"uniform": uniform_weight, "min_snr": min_snr}
@@ -173,7 +171,7 @@ def loss_per_sample(
     Raises:
         ValueError: epsilon parameterization with zero terminal SNR; a prediction of another shape than the latents.
     """
-    parameterization, loss = config.parameterization, config.loss or config.parameterization
+    parameterization, loss = config.parameterization, config.loss
     check_parameterization(parameterization, schedule.zero_terminal_snr)
     alpha, sigma = coefficients(schedule, t, x0)  # (B, 1, 1, 1)
     dtype = alpha.dtype
