@@ -32,6 +32,7 @@ from ldm.training.optimizer import learning_rate, set_learning_rate
 from ldm.training.previews import draw_previews
 from ldm.training.run import Run, build_run, resume, save
 from ldm.training.validation import validation_loss
+from ldm.training.wrapping import resolve_precision
 
 INTERRUPTED = 75
 """Exit status of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again)."""
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv, prog="ldm/train.py", description=(__doc__ or "").splitlines()[0])
     run_dir = Path(config.run_dir)
     try:
-        accelerator = start_accelerator(config.distributed, config.wrapping.mixed_precision)
+        accelerator = start_accelerator(config.distributed, resolve_precision(config.wrapping.mixed_precision))
         outcome, step = train(config, accelerator)
     except BaseException as error:
         write_status(run_dir, "failed", None, f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm.models.pretrained import write_tensors
 from ldm.training import checkpoint
 from ldm.training.checkpoint import (
     CheckpointError,
@@ -33,7 +34,7 @@ def state(step: int) -> TrainingState:
 def write_pipeline(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
     (folder / "unet").mkdir()
-    save_file({"conv.weight": torch.ones(3, 4)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    write_tensors({"conv.weight": torch.ones(3, 4)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def save(root: Path, step: int, keep: int = 0) -> Path:
@@ -97,7 +98,7 @@ def test_none_complete_is_an_error_and_not_a_fresh_start(tmp_path):
     assert newest_complete(tmp_path / "nothing", lambda line: None) is None
 
 
-@pytest.mark.parametrize("fault", ["save_file", "_flush", "file_hash", "replace", "pipeline"])
+@pytest.mark.parametrize("fault", ["write_tensors", "_flush", "file_hash", "replace", "pipeline"])
 def test_a_storage_fault_at_any_stage_leaves_the_previous_checkpoint_in_place(tmp_path, monkeypatch, fault):
     first = save(tmp_path, 1, keep=1)
 
@@ -122,7 +123,7 @@ def test_storage_that_keeps_other_bytes_than_written_is_found_before_the_rename(
     def save_wrongly(tensors, path):
         save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_wrongly)
+    monkeypatch.setattr(checkpoint, "write_tensors", save_wrongly)
     with pytest.raises(CheckpointError, match="other values than were written"):
         save(tmp_path, 1)
     assert not (tmp_path / "step-00000001").exists()
@@ -151,6 +152,15 @@ def test_a_checkpoint_is_found_from_the_run_folder_or_the_error_says_what_was_ex
         assert find_checkpoint(given).resolve() == saved.resolve()
     with pytest.raises(CheckpointError, match=r"expected model_index\.json"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_team_on_shared_storage_can_read_what_one_of_them_wrote(tmp_path):
+    before = os.umask(0o022)
+    try:
+        saved = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in saved.rglob("*") if path.is_file()} == {"0o644"}
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):

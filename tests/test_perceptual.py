@@ -116,8 +116,10 @@ def test_gradients_reach_the_reconstruction_not_the_target_and_lead_back_to_it(d
     moving = (
         target.detach() + 0.3 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_()
+    evaluated = distance(moving, target).sum()
     distance.train()  # must not switch BatchNorm to batch statistics
     start = distance(moving, target).sum()
+    assert start == evaluated
     start.backward()
     assert target.grad is None
     assert moving.grad is not None

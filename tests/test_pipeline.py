@@ -62,6 +62,9 @@ def diffusers_pictures(folder: Path, noise: torch.Tensor, negative: str, *, step
     reference = diffusers.DiffusionPipeline.from_pretrained(folder)
     assert type(reference).__name__ == "StableDiffusionPipeline"
     assert type(reference.scheduler).__name__ == "DDIMScheduler"
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    changed = [name for name in settings if name[0] != "_" and reference.scheduler.config[name] != settings[name]]
+    assert not changed, f"diffusers corrects {changed} of the scheduler, with a warning"
     reference.set_progress_bar_config(disable=True)
     images = reference(
         PROMPTS,

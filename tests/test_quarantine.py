@@ -40,6 +40,8 @@ def test_samples_are_counted_by_position_and_not_by_line(tmp_path: Path) -> None
     assert (ledger.seen, ledger.replaced) == (10, 2)  # a bad reserve of position 5 is a line, no other position
     ledger.append([record(1, position=105)], seen=10)  # the same sample in the next epoch
     assert (ledger.seen, ledger.replaced) == (20, 3)
+    ledger.append([record(1, position=-1), record(2, position=-1)], seen=10)  # encoding a shard
+    assert (ledger.seen, ledger.replaced) == (30, 5)
 
 
 def test_the_run_stops_past_the_rate_and_not_before(tmp_path: Path) -> None:
@@ -89,8 +91,10 @@ def test_a_line_cut_short_by_a_kill_is_left_out_with_a_warning(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.warns(UserWarning, match="the last line is cut short"):
         ledger = Ledger(path, 0.1)
+    assert path.read_bytes()[-1:] != b"\n"  # reading changes nothing: other processes read it too
     ledger.append([record(2)], seen=1)
-    assert [line["key"] for line in lines(path)] == ["k1", "k2"]
+    ledger.append([record(3)], seen=1)
+    assert [line["key"] for line in lines(path)] == ["k1", "k2", "k3"]
 
 
 def test_a_line_that_is_none_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""README's commands are real: each script exists, each option is one that its --help lists, each link leads somewhere."""
+"""README's commands are real: each script exists, each option stands in its --help, each link leads somewhere."""
 
 import re
 import shlex
@@ -16,7 +16,9 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     inline = re.findall(r"`([^`\n]*?(?:ldm|tools|launch|tests)/\w+\.(?:py|sh)[^`\n]*)`", README)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline
-    return [shlex.split(line, comments=True) for line in lines if re.search(r"(ldm|tools|launch|tests)/\w+\.(py|sh)", line)]
+    return [
+        shlex.split(line, comments=True) for line in lines if re.search(r"(ldm|tools|launch|tests)/\w+\.(py|sh)", line)
+    ]
 
 
 def script_of(words: list[str]) -> str | None:
@@ -40,7 +42,9 @@ def test_every_script_exists_and_every_option_is_in_its_help(script):
             used |= {word.split("=")[0] for word in words[words.index(script) + 1 :] if re.match(r"--\w", word)}
     if not used:
         return
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     listed = set(re.findall(r"--[\w.]+", done.stdout))
     assert used <= listed, f"{script} has no {sorted(used - listed)}"

@@ -135,8 +135,9 @@ def parse_config(argv: Sequence[str] | None) -> AutoencoderRun:
     parser = ArgumentParser(prog="tools/train_autoencoder.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
     parser.add_class_arguments(AutoencoderRun, as_group=True)
-    parsed = parser.instantiate(parser.parse_args(argv))
+    parsed = parser.parse_args(argv)
     try:
+        parsed = parser.instantiate(parsed)
         config = AutoencoderRun(**{part.name: parsed[part.name] for part in dataclasses.fields(AutoencoderRun)})
         if not config.data.validation:
             raise ValueError("data.validation: not set, expected the held-out shards that PSNR is measured on")
@@ -358,7 +359,7 @@ def finish(run: Trained, minutes: float) -> None:
     if is_main:
         write_folder(autoencoder, Path(config.out), config.card, measured)
         images = torch.cat(list(fixed_pictures(run, run.held_out, None)))
-        images = images[:: -(-len(images) // GRID_PICTURES)]
+        images = images[torch.linspace(0, len(images) - 1, min(GRID_PICTURES, len(images))).long()]
         with torch.no_grad():
             grid = reconstruction_grid(images, reconstruct(autoencoder, images))
         save_png(grid, Path(config.run_dir) / "reconstructions.png")

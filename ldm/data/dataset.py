@@ -146,10 +146,11 @@ class SampleDataset(Dataset[Batch]):
         quarantined: list[Quarantined] = []
         drawn = [self.draw(position) for position in positions]
         samples = [self._usable(*pair, quarantined) for pair in zip(positions, drawn, strict=True)]
-        posterior_noise, noise = np.empty((2, len(positions), *self.latent_shape), dtype=np.float32)
+        noises = np.empty((2, len(positions), *self.latent_shape), dtype=np.float32)
         for row, position in enumerate(positions):
-            normal(self.seed, Purpose.POSTERIOR, position, shape=self.latent_shape, out=posterior_noise[row])
-            normal(self.seed, Purpose.NOISE, position, shape=self.latent_shape, out=noise[row])
+            normal(self.seed, Purpose.POSTERIOR, position, shape=self.latent_shape, out=noises[0, row])
+            normal(self.seed, Purpose.NOISE, position, shape=self.latent_shape, out=noises[1, row])
+        posterior_noise, noise = torch.from_numpy(noises)  # one storage, sent once
         images = moments = text_states = None
         if self.encoded:
             moments = torch.from_numpy(np.stack([sample.array for sample in samples], dtype=np.float32))
@@ -167,8 +168,8 @@ class SampleDataset(Dataset[Batch]):
             text_states=text_states,
             sizes=torch.tensor([sample.sizes for sample in samples], dtype=torch.float32),
             u=torch.tensor([uniform(self.seed, Purpose.TIMESTEP, one) for one in positions], dtype=torch.float64),
-            posterior_noise=torch.from_numpy(posterior_noise),
-            noise=torch.from_numpy(noise),
+            posterior_noise=posterior_noise,
+            noise=noise,
             quarantined=quarantined,
         )
 
@@ -228,6 +229,7 @@ class SampleDataset(Dataset[Batch]):
         return Sample(name, caption, _sizes(size, picture.crop, resolution), pixels, NO_STATES)
 
     def _decode_encoded(self, name: str, caption: str, members: dict[str, bytes], draws: Draws) -> Sample:
+        """Its .json has "size" [height, width] of the original and "crop" [top, left]: see tools/encode_latents.py."""
         resolution = self.config.resolution
         channels, height, width = self.latent_shape
         moments = decode_floats(members, FLIPPED if draws.flip else MOMENTS, (2 * channels, height, width))

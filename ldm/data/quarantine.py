@@ -27,7 +27,7 @@ class Quarantined:
     key: str
     reason: str
     position: int
-    """Position in the run that asked for it; -1 where indexing the shard already found the damage."""
+    """Position in the run that asked for it; -1 outside of a run, as when indexing or encoding finds the damage."""
     replacement: str
     """"shard/key" of the sample that stood in for it; empty where nothing asked for it yet."""
 
@@ -59,13 +59,20 @@ class Ledger:
         self._last: list[Quarantined] = []
         self._pending: list[Quarantined] = []
         self._pending_seen = 0
+        self._whole: int | None = None
         self._reload()
 
     def append(self, records: Iterable[Quarantined], seen: int = 0) -> None:
-        """Counts `seen` samples and the replaced ones among them, and writes the lines that are not there yet."""
+        """Counts `seen` samples and the unusable ones among them, and writes the lines that are not there yet.
+
+        Without samples seen (damage that indexing found) nothing is counted.
+        """
         lines = self._count(records, seen)
         if lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._whole is not None:
+                os.truncate(self.path, self._whole)
+                self._whole = None
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
                 file.flush()
@@ -75,15 +82,16 @@ class Ledger:
         """Counts, and returns the lines that are not in the file yet."""
         lines = []
         self.seen += seen
-        positions = set()
+        unusable: set[object] = set()
         for record in records:
-            positions.add(record.position)
+            # A bad reserve adds a line, but its position was replaced once; outside of a run there is no position.
+            unusable.add((record.shard, record.key) if record.position == -1 else record.position)
             self._last = [*self._last[-4:], record]
             line = (record.shard, record.key, record.reason)
             if line not in self._lines:
                 self._lines.add(line)
                 lines.append(json.dumps(asdict(record)) + "\n")
-        self.replaced += len(positions - {-1})  # a bad reserve adds a line, but its position was replaced once
+        self.replaced += len(unusable) if seen else 0
         return lines
 
     def check(self) -> None:
@@ -138,7 +146,7 @@ class Ledger:
         whole = stored[: stored.rfind(b"\n") + 1]
         if len(whole) < len(stored):
             warnings.warn(f"{self.path}: the last line is cut short (the run was killed), left out", stacklevel=3)
-            os.truncate(self.path, len(whole))
+            self._whole = len(whole)  # cut at the next line written: only the main process may change the file
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)

@@ -236,9 +236,22 @@ def save_component(
     state = module.state_dict() if isinstance(module, nn.Module) else module
     tensors = {name: _stored(tensor, dtype) for name, tensor in state.items()}
     text = json.dumps({"_class_name": class_name, **config_dict}, indent=2) + "\n"
-    # "format" is the mark by which diffusers and transformers know tensors of torch.
-    _write(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_tensors(tensors, folder / WEIGHTS_NAME)
     _write(folder / CONFIG_NAME, lambda path: path.write_text(text))
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes contiguous tensors on the host as safetensors, under their name only when complete."""
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # "format" is the mark by which diffusers and transformers know tensors of torch.
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        # safetensors leaves files that only their owner can read: of no use to a team on shared storage.
+        temporary.chmod(mode)
+
+    _write(path, write)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

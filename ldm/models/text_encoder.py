@@ -14,10 +14,9 @@ from typing import Any, Literal, Self
 
 import torch
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.models.pretrained import resolve_source, weights_hash
+from ldm.models.pretrained import resolve_source, weights_hash, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +206,7 @@ class TextEncoder:
             prefix + name.removeprefix(prefix): tensor.detach().cpu().contiguous()
             for name, tensor in self.model.named_parameters()
         }
-        save_file(tensors, text_encoder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, text_encoder / "model.safetensors")
 
     def _count_truncated(self, captions: Sequence[str], lengths: list[int]) -> None:
         # Only captions that fill their row can have been cut; the others are not tokenized a second time.

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from ldm.models.pretrained import write_tensors
 
 FORMAT = 1
 HASHES = "hashes.json"
@@ -186,7 +188,7 @@ def _problem(checkpoint: Path) -> str | None:
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes and reads back: storage that drops bytes without an error is found here, not at the resume."""
     on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(on_host, path)
+    write_tensors(on_host, path)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

@@ -18,8 +18,9 @@ from ldm.models.unet import UNet
 class WrappingConfig:
     """How the network is laid out and executed; none of it changes what is computed beyond rounding."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Autocast of forward and backward; weights, average and optimizer state stay float32. fp16 scales the loss."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "bf16"
+    """Autocast of forward and backward; weights, average and optimizer state stay float32. fp16 scales the loss. auto
+    is bf16 where the device has instructions for it, else no: losses then depend on the device in their third digit."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention backend; auto takes the first that passes a forward and backward on the device."""
     channels_last: bool = True
@@ -30,6 +31,17 @@ class WrappingConfig:
     """torch.compile the network: about a minute at start, then faster steps on GPUs."""
 
 
+def resolve_precision(name: str) -> str:
+    """The precision that "auto" means on the device at hand; any other name as it is."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # Without these instructions bfloat16 is emulated, and slower than float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "no"
+
+
 def wrap_network(unet: UNet, accelerator: Accelerator, config: WrappingConfig) -> torch.nn.Module:
     """Prepares `unet` in place and returns the module whose forward and backward the engine manages."""
     # 1. Device and memory format, before anything holds a reference to a parameter's storage.
@@ -38,7 +50,8 @@ def wrap_network(unet: UNet, accelerator: Accelerator, config: WrappingConfig) -
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # 2. The attention backend is tried on the device in the precision that autocast will use.
     precision: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    unet.set_attention_backend(select_backend(config.attention, accelerator.device, precision[config.mixed_precision]))
+    dtype = precision[accelerator.mixed_precision]
+    unet.set_attention_backend(select_backend(config.attention, accelerator.device, dtype))
     # 3. Checkpointing changes the graph, so it comes before compile.
     if config.gradient_checkpointing:
         unet.enable_checkpointing()
