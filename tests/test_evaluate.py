@@ -55,6 +55,16 @@ def test_ranks_equal_counting_by_hand_in_300_random_trials_with_ties() -> None:
         assert outcome.top_5 == np.mean([rank <= 5 for rank in outcome.ranks])
 
 
+def test_distances_that_are_equal_stay_equal_whatever_the_order_of_their_sums() -> None:
+    rng = np.random.default_rng(3)
+    sample = grey(np.array([128]), 64)
+    for trial in range(20):
+        picture = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        both = np.stack([picture, picture.transpose(1, 0, 2)])
+        for caption in ("a", "b"):
+            assert retrieval(sample, [caption], both, ["a", "b"]).ranks == [1], f"trial {trial} of 20"
+
+
 def test_pictures_that_share_a_caption_all_count_as_the_right_one() -> None:
     pictures, names = grey(np.array([0, 100, 102, 200])), ["apple", "apple", "heart", "heart"]
     outcome = retrieval(grey(np.array([101, 99])), ["heart", "heart"], pictures, names)
@@ -173,6 +183,11 @@ def test_a_model_whose_samples_are_its_training_pictures_scores_one_and_with_cap
     with Image.open(tmp_path / "out" / "retrieval.png") as grid:
         assert grid.width == 8 + 12 * (144 + 8)  # four captions of three pictures in a row
         assert grid.text["top_1"] == f"{top_1:.4f}"  # type: ignore[attr-defined]
+        cells = [np.asarray(grid.crop((8 + 152 * i, 8, 152 + 152 * i, 152))) for i in range(12)]
+    for sample, nearest, true in zip(cells[::3], cells[1::3], cells[2::3], strict=True):
+        # What is drawn is the very picture of the training set, and under its caption unless captions were moved.
+        assert np.array_equal(sample, nearest)
+        assert np.array_equal(sample, true) == (shift == 0)
 
 
 def test_encoded_shards_and_shards_without_a_usable_picture_are_refused(tmp_path) -> None:

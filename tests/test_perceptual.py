@@ -45,6 +45,9 @@ def test_lite0_has_the_published_number_of_parameters_and_takes_no_gradients(net
     assert sum(p.numel() for p in network.parameters()) == 4_652_008
     assert not any(p.requires_grad for p in network.parameters())
     assert not network.training
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == 49
+    assert {norm.eps for norm in norms} == {1e-3}  # TensorFlow's, as published; PyTorch's own is 1e-5
 
 
 def test_the_imagenet_classifier_finds_the_class_of_eight_emoji_among_1000(network: EfficientNetLite0) -> None:

@@ -370,6 +370,7 @@ def test_weights_that_are_cut_short_are_an_error_that_names_the_file(saved, tmp_
         ({"batch_size": 0}, r"batch_size: found 0"),
         ({"guidance": float("nan")}, r"guidance: found scale nan"),
         ({"guidance_rescale": 1.5}, r"rescale 1\.5, expected 0 to 1"),
+        ({"seed": -1}, r"seed is -1"),
     ],
 )
 def test_settings_out_of_range_are_named(pipeline, changes, message) -> None:

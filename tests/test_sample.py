@@ -73,7 +73,7 @@ def test_run_checkpoints_and_checkpoint_folder_mean_the_same(run, tmp_path) -> N
     assert len(contents) == 1
 
 
-def test_a_picture_says_what_it_is_a_function_of_and_no_path(run, tmp_path) -> None:
+def test_a_picture_says_what_it_is_a_function_of_and_no_path(run, pipeline, tmp_path) -> None:
     out = tmp_path / "a.png"
     main(["--checkpoint", str(run), "--prompt", "緑のリンゴ", "--negative", "blurry", "--seed", "9", "--index", "3",
           "--guidance_rescale", "0.5", "--out", str(out), *FAST])  # fmt: skip
@@ -91,6 +91,10 @@ def test_a_picture_says_what_it_is_a_function_of_and_no_path(run, tmp_path) -> N
         "checkpoint": "tiny/step-00000010",
     }
     assert str(run.parent).encode() not in out.read_bytes()
+    settings = {"seed": 9, "indices": [3], "guidance_rescale": 0.5, **SETTINGS}
+    expected, plain = (generate(pipeline, ["緑のリンゴ"], negative=text, **settings)[0] for text in ("blurry", ""))
+    assert np.abs(pixels(out) - expected).max() <= 1
+    assert np.abs(pixels(out) - plain).max() > 1, "the negative prompt is named, but does nothing"
 
 
 def test_many_pictures_go_into_a_folder_and_each_can_be_drawn_again_alone(run, pipeline, tmp_path) -> None:
