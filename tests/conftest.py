@@ -19,9 +19,10 @@ def run_tool(*words: str | Path) -> str:
 
 @pytest.fixture(scope="session")
 def raw_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 59 emoji: hearts and geometric shapes."""
-    out = tmp_path_factory.mktemp("emoji") / "hearts"
-    run_tool(ROOT / "tools/make_demo_data.py", "--out", out, "--subset", "heart", "geometric", "--shards")
+    """One shard of emoji: hearts, shapes, mammals and vehicles, plain and detailed ones."""
+    out = tmp_path_factory.mktemp("emoji") / "some"
+    subset = ("heart", "geometric", "animal-mammal", "transport-ground")
+    run_tool(ROOT / "tools/make_demo_data.py", "--out", out, "--subset", *subset, "--shards", "1000")
     return out / "train"
 
 

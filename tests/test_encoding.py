@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -72,10 +73,10 @@ def test_encoding_again_writes_only_what_is_missing_and_gives_the_same_bytes(raw
     raw = tmp_path / "raw"
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for sample in stock(raw_shards):
+    for sample in islice(stock(raw_shards), 59):
         (pictures / f"{sample['__key__']}.png").write_bytes(sample["png"])
         (pictures / f"{sample['__key__']}.txt").write_bytes(sample["txt"])
-    run_tool(ROOT / "tools/make_shards.py", pictures, "--out", raw, "--samples_per_shard", "20")
+    run_tool(ROOT / "tools/make_shards.py", pictures, raw, "--samples_per_shard", "20")
     out = tmp_path / "out"
     encode(raw, out)
     names = sorted(p.name for p in out.glob("*.tar"))
