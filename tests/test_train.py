@@ -141,6 +141,7 @@ def test_accumulation_gives_the_losses_and_weights_of_the_whole_batch(undisturbe
     for ours, theirs in zip(lines, metrics(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["ema_decay"] == theirs["ema_decay"]  # one update of the average a step, not one a micro-batch
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing=true", "channels_last=false", "attention=sdpa"])
