@@ -23,7 +23,9 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
 fi
 
 demo_data() { # appears under its name only when it is complete
-  if [ -d data/demo ]; then echo "data/demo is there"; else
+  if [ -f data/demo/train/manifest.json ] && [ -f data/demo/validation/manifest.json ]; then
+    echo "data/demo is there"
+  else
     python tools/make_demo_data.py --out data/demo --shards --validation 16
   fi
 }

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ldm.data.encoding import EncodingConfig
 from ldm.data.loader import DataConfig
-from ldm.diffusion.objective import ObjectiveConfig
+from ldm.diffusion.objective import ObjectiveConfig, check_parameterization
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.unet import UNetConfig
@@ -136,6 +136,7 @@ def load_config(path: Path) -> RunConfig:
 
 def check_fields(config: RunConfig) -> None:
     """Checks that need fields of several parts, before anything is built; raises ValueError."""
+    check_parameterization(config.objective.parameterization, config.noise.rescale_betas_zero_snr)
     warmup, steps = config.optimizer.warmup_steps, config.training.steps
     if warmup > steps:
         raise ValueError(
@@ -168,6 +169,8 @@ FREE_WHEN_RESUMING = (
     "training.max_micro_batch",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "data.shards",  # the manifest's digest in the checkpoint tells whether it is the same data
+    "data.verify",
     "data.workers",
     "data.prefetch",
     "data.validation",

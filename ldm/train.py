@@ -22,15 +22,14 @@ from tqdm import tqdm
 from ldm.config import RunConfig, parse_config, to_yaml
 from ldm.data.batch import Batch
 from ldm.data.loader import make_loader, make_validation_loader
-from ldm.data.manifest import Manifest
 from ldm.diffusion.objective import Network, loss_per_sample, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.training.distributed import StopRequest, first_lines, split_global_batch, start_accelerator
-from ldm.training.metrics import Clock, peak_memory_gib, window_metrics
+from ldm.training.metrics import Clock, Console, peak_memory_gib, window_metrics
 from ldm.training.optimizer import learning_rate, set_learning_rate
 from ldm.training.previews import draw_previews
-from ldm.training.run import Run, build_run, resume, save
+from ldm.training.run import Run, build_run, check_finite, resume, save
 from ldm.training.validation import validation_loss
 from ldm.training.wrapping import resolve_precision
 
@@ -68,8 +67,9 @@ def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
     run.metrics.forget_after(start)
     batches, held_out = training_batches(run, start), validation_batches(run)
     done, clock = start, Clock()
-    bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, mininterval=1.0)
-    with StopRequest(accelerator) as stop, bar:
+    quiet = not accelerator.is_main_process
+    bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, mininterval=1.0, file=Console())
+    with StopRequest(accelerator, config.distributed.timeout_minutes) as stop, bar:
         for step in range(start, steps):
             grad_norm, latents = train_step(run, step, batches, clock)
             done = step + 1
@@ -82,13 +82,13 @@ def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
                         record["validation_loss"] = validate(run, held_out)
                 run.metrics.write(done, record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
-                check_finite(record, done)
+                check_finite(record["loss"], record["grad_norm"], done, scaled=accelerator.scaler is not None)
             with clock.paused():
-                if config.previews.prompts and due(done, config.previews.every, steps):
-                    preview(run, done)
                 stopping = stop.agreed()
                 if stopping or due(done, config.training.checkpoint_every, steps):
-                    save(run, done)
+                    save(run, done, grad_norm)
+                if config.previews.every and config.previews.prompts and due(done, config.previews.every, steps):
+                    preview(run, done)
             if stopping:
                 break
     run.metrics.close()
@@ -116,11 +116,11 @@ def training_batches(run: Run, start: int) -> Iterator[Batch]:
 
 def validation_batches(run: Run) -> Iterable[Batch] | None:
     """This process's share of the held-out batches, with draws that never change; None when there are none."""
-    if run.config.data.validation is None or run.config.validation.every == 0:
+    if run.held_out is None:
         return None
     return make_validation_loader(
         run.config.data,
-        Manifest.load(run.config.data.validation),
+        run.held_out,
         run.config.seed,
         latent_shape=run.latent_shape,
         rank=run.accelerator.process_index,
@@ -201,15 +201,6 @@ def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Cloc
     }
 
 
-def check_finite(record: dict[str, Any], done: int) -> None:
-    """Raises FloatingPointError on a loss or gradient that is not finite: nothing after it would be worth its cost."""
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        raise FloatingPointError(
-            f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}; checkpoints are from before. "
-            "Lower optimizer.lr, or set wrapping.mixed_precision to bf16 or no"
-        )
-
-
 @torch.no_grad()
 def validate(run: Run, held_out: Iterable[Batch]) -> float:
     """Mean loss of the averaged weights over all held-out batches. Collective."""
@@ -239,15 +230,18 @@ def due(done: int, every: int, steps: int) -> bool:
 
 def sayer(accelerator: Accelerator) -> Callable[[str], None]:
     """Prints a line above the progress bar, on the main process only."""
-    return lambda line: tqdm.write(line, file=sys.stderr) if accelerator.is_main_process else None
+    return lambda line: tqdm.write(line, file=Console()) if accelerator.is_main_process else None
 
 
 def write_status(run_dir: Path, outcome: str, step: int | None, reason: str) -> None:
     """`status.json`: launchers hide exit statuses, so that a scheduler reads the outcome here."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "status.json"
+    if outcome == "failed" and path.exists() and json.loads(path.read_text())["outcome"] == "finished":
+        return  # a start that was refused takes nothing from the run that finished there
     temporary = run_dir / f".status.json.{os.getpid()}.partial"
     temporary.write_text(json.dumps({"outcome": outcome, "step": step, "reason": reason}) + "\n")
-    os.replace(temporary, run_dir / "status.json")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ldm.training.checkpoint import (
     CheckpointError,
     TrainingState,
     find_checkpoint,
+    intact,
     load_training_state,
     newest_complete,
     save_checkpoint,
@@ -117,6 +118,21 @@ def test_a_storage_fault_at_any_stage_leaves_the_previous_checkpoint_in_place(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert save(tmp_path, 2, keep=1).is_dir()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_what_a_kill_left_in_mid_save_is_removed_by_the_next_save(tmp_path):
+    (tmp_path / ".step-00000007.partial" / "unet").mkdir(parents=True)
+    save(tmp_path, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000008"]
+
+
+def test_frozen_parts_are_linked_only_from_a_checkpoint_in_which_they_are_intact(tmp_path):
+    saved = save(tmp_path, 1)
+    assert intact(saved, ["unet"])
+    (saved / "training_state" / "unet.safetensors").write_bytes(b"")
+    assert intact(saved, ["unet"])
+    (saved / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert not intact(saved, ["unet"])
 
 
 def test_storage_that_keeps_other_bytes_than_written_is_found_before_the_rename(tmp_path, monkeypatch):

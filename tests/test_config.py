@@ -67,6 +67,8 @@ def test_an_unknown_setting_in_the_file_is_an_error_that_names_it(part, name, tm
         ("--ema.decay=1.5", "ema.decay: found 1.5"),
         ("--data.caption_dropout=2", "data.caption_dropout is 2"),
         ("--objective.parameterization=noise", "parameterization"),
+        ("--previews.sampler=dpm", "previews.sampler: found 'dpm'"),
+        ("--noise.rescale_betas_zero_snr=true", "found 'epsilon' with zero terminal SNR"),
     ],
 )
 def test_an_impossible_value_ends_with_status_2_and_says_what_is_allowed(word, message, capsys):

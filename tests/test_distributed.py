@@ -77,7 +77,7 @@ def test_a_world_that_is_not_the_one_asked_for_is_refused(monkeypatch):
 def test_a_signal_asks_for_a_stop_once_and_the_old_handler_comes_back(name, capfd):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with StopRequest(SimpleNamespace(num_processes=1)) as stop:
+    with StopRequest(SimpleNamespace(num_processes=1), 10.0) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)

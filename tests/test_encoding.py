@@ -96,6 +96,31 @@ def test_going_on_with_another_encoding_is_refused(raw_shards, encoded_shards, t
         encode(raw_shards, out, "--encoding.dtype=float32")
 
 
+def test_raw_shards_that_were_made_again_are_not_taken_for_encoded(raw_shards, tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    shutil.copytree(raw_shards, raw)
+    encode(raw, out)
+    samples = list(stock(raw_shards))[:5]
+    with webdataset.TarWriter(str(raw / "emoji-000000.tar")) as writer:
+        for sample in samples:
+            writer.write({"__key__": sample["__key__"], "png": sample["png"], "txt": sample["txt"]})
+    run_tool(ROOT / "tools/index_shards.py", raw)
+    with pytest.raises(AssertionError, match=r"raw_shards was"):
+        encode(raw, out)
+
+
+def test_too_many_lost_samples_end_the_encoding_without_a_manifest(raw_shards, tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    with webdataset.TarWriter(str(raw / "shard-000000.tar")) as writer:
+        for i, sample in enumerate(stock(raw_shards)):
+            writer.write({"__key__": f"k{i}", "png": sample["png"][: 200 if i % 3 else None], "txt": sample["txt"]})
+    run_tool(ROOT / "tools/index_shards.py", raw)
+    with pytest.raises(AssertionError, match=r"could not be used"):
+        encode(raw, out)
+    assert not (out / "manifest.json").exists()
+
+
 def test_a_truncated_picture_is_a_ledger_line_and_missing_from_the_encoded_shard(raw_shards, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -50,6 +50,10 @@ def test_every_script_exists_and_every_option_is_in_its_help(script):
     assert used <= listed, f"{script} has no {sorted(used - listed)}"
 
 
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"^[A-Z_]+$", README, re.M) == []
+
+
 def test_every_link_into_the_repository_leads_to_a_file():
     targets = [t for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith(("http", "#"))]
     assert targets

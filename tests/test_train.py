@@ -4,7 +4,9 @@ One process runs in this one; two processes, and runs that are to be interrupted
 """
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from conftest import DEBUG, ROOT
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+import ldm.train
 from ldm.data.batch import Batch
 from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader
@@ -55,6 +58,14 @@ def launch(launcher: list[str], run_dir: Path, shards: Path, *options: str, **en
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
@@ -172,6 +183,31 @@ def test_sampling_and_validating_in_between_leave_the_run_as_it_was(undisturbed,
     assert held_out == sorted(held_out, reverse=True)  # fixed draws: an average that learns falls without noise
 
 
+def test_no_grid_is_drawn_where_previews_are_off(encoded_shards, tmp_path):
+    prompts = "--previews.prompts=[red heart]"
+    train(tmp_path / "run", encoded_shards, "--training.steps=5", prompts)
+    assert not (tmp_path / "run/samples").exists()
+
+
+def test_held_out_shards_of_another_encoder_are_refused(encoded_shards, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(encoded_shards, other)
+    stored = json.loads((other / "manifest.json").read_text())
+    stored["encoder"]["autoencoder"]["weights"] = "0" * 32
+    (other / "manifest.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"other: .*autoencoder\.weights"):
+        train(tmp_path / "run", encoded_shards, f"--data.validation={other}", "--validation.every=5")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(encoded_shards, tmp_path, monkeypatch):
+    options = ("--training.checkpoint_every=1", "--metrics.log_every=1000", "--optimizer.schedule=constant")
+    train(tmp_path / "run", encoded_shards, "--training.steps=5", *options)
+    monkeypatch.setattr(ldm.train, "scale_latents", lambda z, config: z * math.nan)
+    with pytest.raises(FloatingPointError, match="step 6: loss nan"):
+        train(tmp_path / "run", encoded_shards, "--training.steps=9", *options)
+    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-00000005"
+
+
 def first_batch(shards: Path, dropout: float) -> Batch:
     config = DataConfig(shards=str(shards), resolution=64, caption_dropout=dropout, workers=0)
     split = {"rank": 0, "world": 1, "micro_batch": 12, "accumulation": 1, "start_step": 0, "stop_step": 1}
@@ -266,6 +302,28 @@ def test_two_processes_give_the_losses_and_learning_rates_of_one(undisturbed, en
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
+def test_a_signal_to_two_processes_ends_both_at_one_step_with_a_checkpoint(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    options = ("--training.checkpoint_every=0", "--data.workers=2", "--training.steps=2000")
+    process = launch(TORCHRUN_2, run, encoded_shards, *options, ACCELERATE_USE_CPU="true")
+    wait_for_steps(process, run, 3)
+    os.kill(process.pid, signal.SIGTERM)  # to the launcher, as a scheduler does
+    output, _ = process.communicate(timeout=90)
+    assert json.loads((run / "status.json").read_text())["outcome"] == "interrupted", output
+    assert (run / "checkpoints/latest/hashes.json").is_file()
+
+
+def test_ctrl_c_that_takes_the_reader_of_the_log_with_it_still_ends_in_a_checkpoint(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    process = launch([sys.executable], run, encoded_shards, "--training.checkpoint_every=0", "--training.steps=2000")
+    wait_for_steps(process, run, 3)
+    process.stdout.close()  # what `2>&1 | tee log` does: tee dies of the same Ctrl-C, first
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == INTERRUPTED
+    assert json.loads((run / "status.json").read_text())["outcome"] == "interrupted"
+    assert (run / "checkpoints/latest/hashes.json").is_file()
+
+
 def test_a_launcher_that_silently_starts_one_process_is_refused(encoded_shards, tmp_path):
     launcher = ["accelerate", "launch", "--cpu", "--num_processes", "2"]
     process = launch(launcher, tmp_path / "run", encoded_shards)
@@ -279,11 +337,7 @@ def test_a_signal_ends_in_a_checkpoint_that_resumes_to_the_undisturbed_run(undis
     run = tmp_path / "run"
     options = ("--training.checkpoint_every=0", "--data.workers=1")
     process = launch([sys.executable], run, encoded_shards, *options)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_steps(process, run, 3)
     os.killpg(process.pid, getattr(signal, name))  # Ctrl-C reaches the loader's workers as well
     output, _ = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, output

@@ -8,14 +8,16 @@ the shards; run again, it goes on where it stopped.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ldm.config import RunConfig, parse_config
 from ldm.data.encoding import claim_folder, encode_shards, encoder_identity, pending_shards
-from ldm.data.manifest import Manifest, build_manifest
-from ldm.data.quarantine import Ledger
+from ldm.data.manifest import MANIFEST_NAME, Manifest, build_manifest
+from ldm.data.quarantine import FEWEST_SEEN, Ledger, QuarantineLimitError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import TextEncoder
@@ -60,7 +62,7 @@ def encode_folder(
         autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stores_text
     )
     with accelerator.main_process_first():
-        claim_folder(out, identity)
+        claim_folder(out, identity | {"raw_shards": manifest.digest()})
     rank, world = accelerator.process_index, accelerator.num_processes
     shards = pending_shards(manifest, out, rank, world)
     # Each process has a ledger of its own: lines of several in one file could interleave on shared storage.
@@ -83,16 +85,37 @@ def encode_folder(
     with tqdm(total=total, desc=f"encoding {raw}", unit="picture", disable=rank != 0) as bar:
         for samples in done:
             bar.update(samples)
-    accelerator.wait_for_everyone()
+    truncated = sum(gather_object([text_encoder.truncated]))  # waits for all processes, too
     if accelerator.is_main_process:
-        encoded = build_manifest(out, encoder=identity, progress=False)
-        lost = sum(manifest.counts) - sum(encoded.counts)
-        print(
-            f"{out}: {sum(encoded.counts):,} encoded samples in {len(encoded.counts)} shards"
-            + (f"; {lost:,} could not be used, see {out}/quarantine*.jsonl" if lost else "")
-        )
-    ledger.check()
+        publish(manifest, out, identity, config.data.quarantine_limit, truncated if stores_text else 0)
     accelerator.wait_for_everyone()
+
+
+def publish(manifest: Manifest, out: Path, identity: dict[str, Any], limit: float, truncated: int) -> None:
+    """Writes the manifest of the encoded shards, and says what could not be used.
+
+    Raises:
+        QuarantineLimitError: more samples were lost than `limit` allows; without a manifest nobody trains on the rest.
+        ValueError: the folder holds shards that are not of this manifest.
+    """
+    strangers = {path.name for path in out.glob("*.tar")} - {shard.name for shard in manifest.shards}
+    if strangers:
+        raise ValueError(
+            f"{out} holds shards that {manifest.folder} has not: {', '.join(sorted(strangers)[:5])}; remove them"
+        )
+    encoded = build_manifest(out, encoder=identity, progress=False)
+    lost = sum(manifest.counts) - sum(encoded.counts)
+    if lost > limit * sum(manifest.counts) and lost > limit * FEWEST_SEEN:
+        (out / MANIFEST_NAME).unlink()
+        raise QuarantineLimitError(
+            f"{lost:,} of {sum(manifest.counts):,} samples of {manifest.folder} could not be used; "
+            f"data.quarantine_limit allows {limit:.2%}. They are listed in {out}/quarantine*.jsonl"
+        )
+    print(
+        f"{out}: {sum(encoded.counts):,} encoded samples in {len(encoded.counts)} shards"
+        + (f"; {lost:,} could not be used, see {out}/quarantine*.jsonl" if lost else "")
+        + (f"; {truncated:,} captions were longer than the text encoder takes and were cut" if truncated else "")
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from torch.utils.data import Dataset
 from ldm.data.batch import Batch
 from ldm.data.draws import Purpose, generator, normal, uniform
 from ldm.data.manifest import Manifest
-from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_array, decode_caption, decode_floats, decode_json
+from ldm.data.members import (
+    FLIPPED,
+    MOMENTS,
+    TEXT,
+    decode_array,
+    decode_caption,
+    decode_floats,
+    decode_json,
+    original_size,
+)
 from ldm.data.order import Order
 from ldm.data.pictures import RAW_EXTENSIONS, decode_picture, normalize
 from ldm.data.quarantine import Quarantined
@@ -222,10 +231,7 @@ class SampleDataset(Dataset[Batch]):
         picture = decode_picture(members, resolution, draws.place)
         about = decode_json(members)
         pixels = picture.pixels[:, ::-1] if draws.flip else picture.pixels
-        # img2dataset and tools/make_shards.py may have stored the picture smaller than it was.
-        size: tuple[Any, Any] = (about.get("original_height"), about.get("original_width"))
-        if not all(isinstance(side, int) for side in size):
-            size = picture.size
+        size = original_size(about, picture.size)
         return Sample(name, caption, _sizes(size, picture.crop, resolution), pixels, NO_STATES)
 
     def _decode_encoded(self, name: str, caption: str, members: dict[str, bytes], draws: Draws) -> Sample:

@@ -27,7 +27,6 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 10  # initial noise of a generated picture
     SAMPLER_NOISE = 11  # noise added by a stochastic sampler
     VALIDATION = 12  # the seed of the validation draws
-    INIT = 13  # initial weights
 
 
 class _Readdressed(threading.local):

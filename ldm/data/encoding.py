@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.loader import start_worker
 from ldm.data.manifest import Manifest, write_whole
-from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json
+from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json, original_size
 from ldm.data.pictures import Picture, decode_picture, normalize
 from ldm.data.quarantine import Ledger, Quarantined
 from ldm.data.shards import DamagedSample, ShardReader, write_shard
@@ -196,6 +196,7 @@ def encode_shards(
         samples: list[dict[str, Any]] = []
         for wanted, decoded in group:
             ledger.append([one for one in decoded if isinstance(one, Quarantined)], seen=len(wanted))
+            ledger.check()
             usable = [one for one in decoded if isinstance(one, Decoded)]
             samples += encode(usable) if usable else []
             yield len(wanted)
@@ -221,7 +222,7 @@ def encode_batch(
             sample[FLIPPED] = flipped[i]
         if states is not None:
             sample[TEXT] = states[i]
-        sample["json"] = one.note | {"size": one.picture.size, "crop": one.picture.crop}
+        sample["json"] = one.note | {"size": original_size(one.note, one.picture.size), "crop": one.picture.crop}
         samples.append(sample)
     return samples
 

@@ -33,6 +33,17 @@ def decode_json(members: Mapping[str, bytes]) -> dict[str, Any]:
     return stored
 
 
+def original_size(about: Mapping[str, Any], stored: tuple[int, int]) -> tuple[int, int]:
+    """Height and width that a raw sample's picture had: img2dataset and tools/make_shards.py may store it smaller.
+
+    Args:
+        about: the sample's .json.
+        stored: height and width of the picture in the shard.
+    """
+    height, width = about.get("original_height"), about.get("original_width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else stored
+
+
 def decode_caption(members: Mapping[str, bytes], choice: float = 0.0) -> str:
     """The sample's caption: one of the list "captions" of .json where there is one, else .txt.
 

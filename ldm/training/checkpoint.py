@@ -71,7 +71,8 @@ def save_checkpoint(
         _point_latest(root, final)
         return final
     partial = root / f".{final.name}{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in root.glob(f".step-*{PARTIAL}"):  # of saves that a kill cut short
+        shutil.rmtree(left, ignore_errors=True)
     try:
         folder = partial / STATE
         folder.mkdir(parents=True)
@@ -127,6 +128,11 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {problem}")
 
 
+def intact(checkpoint: Path, folders: Iterable[str]) -> bool:
+    """Whether all listed files in these folders of a checkpoint are there, with their hashes."""
+    return (checkpoint / HASHES).is_file() and _problem(checkpoint, tuple(folders)) is None
+
+
 def newest_complete(root: Path, report: Callable[[str], None]) -> Path | None:
     """Newest checkpoint whose hash list holds; says through `report` what it passed over and why."""
     if not root.is_dir():
@@ -164,8 +170,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+def _problem(checkpoint: Path, folders: tuple[str, ...] | None = None) -> str | None:
+    """Why a checkpoint (or some folders of it) cannot be trusted, or None."""
     listing = checkpoint / HASHES
     if not listing.is_file():
         return f"{HASHES} is missing (the checkpoint was not finished)"
@@ -174,6 +180,8 @@ def _problem(checkpoint: Path) -> str | None:
     except ValueError as error:
         return f"{HASHES} is not readable as JSON ({error})"
     for name, expected in hashes.items():
+        if folders is not None and name.split("/")[0] not in folders:
+            continue
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

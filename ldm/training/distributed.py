@@ -7,8 +7,8 @@ run's first lines. Everything here is collective: each process calls it at the s
 import os
 import platform
 import signal
-import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -207,10 +207,12 @@ class StopRequest:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, timeout_minutes: float) -> None:
         self.received: str | None = None
         # Own gloo group: the agreement is a CPU tensor, so that no step waits for the GPU's queue to drain.
-        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        timeout = timedelta(minutes=timeout_minutes)
+        several = accelerator.num_processes > 1
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -224,9 +226,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            name = signal.Signals(number).name
-            sys.stderr.write(f"\n{name} received: finishing the step and writing a checkpoint\n")
-            self.received = name
+            self.received = signal.Signals(number).name
+            # A pipe's reader may have died of the same Ctrl-C; a file object may be in the middle of a write.
+            with suppress(OSError):
+                os.write(2, f"\n{self.received} received: finishing the step, then a checkpoint\n".encode())
 
     def agreed(self) -> bool:
         """True on every process as soon as one process has received a signal."""

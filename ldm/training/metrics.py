@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,24 @@ def window_metrics(packed: Tensor) -> dict[str, float | None]:
         values[f"loss_quarter_{q + 1}"] = sums[q] / counts[q] if counts[q] else None
     values["captions_dropped"] = dropped / samples
     return values
+
+
+class Console:
+    """Standard error for bars and lines; a reader that is gone, as `| tee` after Ctrl-C, takes nothing from the run."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
 
 
 @dataclass
@@ -200,7 +218,7 @@ def _start_trackers(run_dir: Path, config: MetricsConfig, settings: dict[str, An
     if config.tensorboard:
         trackers.append(TensorBoardTracker(run_name="tensorboard", logging_dir=run_dir))
     if config.wandb_project:
-        trackers.append(WandBTracker(config.wandb_project, name=run_dir.name, dir=str(run_dir), resume="allow"))
+        trackers.append(WandBTracker(config.wandb_project, id=run_dir.name, dir=str(run_dir), resume="allow"))
         trackers[-1].store_init_configuration(settings)
     for tracker in trackers:
         if hasattr(tracker, "start"):

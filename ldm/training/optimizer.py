@@ -68,8 +68,14 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     return config.lr * (config.final_fraction + (1.0 - config.final_fraction) * share)
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: fused on CUDA and CPU where torch has it, one kernel for all tensors."""
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, scaled: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: one fused kernel for all tensors, or foreach where gradients are `scaled`.
+
+    A fused step skips overflowed gradients inside its kernel, where nobody sees it: with a loss scaler the caller has
+    to know, for the average.
+    """
     named = [(name, p) for name, p in named if p.requires_grad]
     decayed = [(name, p) for name, p in named if p.ndim > 1]
     plain = [(name, p) for name, p in named if p.ndim <= 1]
@@ -82,7 +88,7 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerC
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=all(p.device.type in ("cpu", "cuda") for _, p in named),
+        fused=not scaled and all(p.device.type in ("cpu", "cuda") for _, p in named),
     )
 
 

@@ -3,7 +3,8 @@
 Enters: a RunConfig and the processes that run. Leaves: a Run, which `ldm/train.py` steps; checkpoints in its folder.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config import RunConfig, differences, to_dict, to_yaml
 from ldm.data.encoding import encoder_identity, identity_problems
@@ -24,7 +25,8 @@ from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, save_pipeline
-from ldm.training.checkpoint import TrainingState, load_training_state, newest_complete, save_checkpoint
+from ldm.pipeline_folder import FROZEN
+from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, save_checkpoint
 from ldm.training.distributed import BatchSplit
 from ldm.training.ema import EMA
 from ldm.training.metrics import LossWindow, MetricsWriter
@@ -42,12 +44,16 @@ class Run:
     manifest: Manifest
     pipeline: Pipeline
     network: nn.Module
+    held_out: Manifest | None
+    """Validation shards; None where no validation loss is computed."""
     optimizer: Any
     """AcceleratedOptimizer around AdamW: it unscales gradients and skips steps in fp16."""
     ema: EMA
     window: LossWindow
     ledger: Ledger
     metrics: MetricsWriter
+    last_checkpoint: Path | None = None
+    """Checkpoint that this run wrote or resumed from last: its frozen parts are linked into the next."""
 
     @property
     def run_dir(self) -> Path:
@@ -67,7 +73,13 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).requires_grad_(False).eval()
     text_encoder = TextEncoder(config.text_encoder, device)
     manifest = Manifest.load(config.data.shards)
-    check_parts(config, autoencoder, text_encoder, manifest)
+    held_out = None
+    if config.data.validation is not None and config.validation.every:
+        held_out = Manifest.load(config.data.validation)
+    else:
+        say("no validation loss: data.validation is not set, or validation.every is 0")
+    manifests = [manifest] if held_out is None else [manifest, held_out]
+    check_parts(config, autoencoder, text_encoder, manifests)
     # The initial weights are a function of the seed alone: the same on each process, and no global generator moves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -78,7 +90,8 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     ledger = Ledger(run_dir / "quarantine.jsonl", config.data.quarantine_limit)
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
-        ledger.append(manifest.damaged())
+        for one in manifests:
+            ledger.append(one.damaged())
     parameters = sum(p.numel() for p in unet.parameters())
     kind = "raw" if manifest.encoder is None else "encoded"
     say(
@@ -90,9 +103,12 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
         accelerator=accelerator,
         split=split,
         manifest=manifest,
+        held_out=held_out,
         pipeline=pipeline,
         network=network,
-        optimizer=accelerator.prepare_optimizer(make_optimizer(unet.named_parameters(), config.optimizer)),
+        optimizer=accelerator.prepare_optimizer(
+            make_optimizer(unet.named_parameters(), config.optimizer, scaled=accelerator.scaler is not None)
+        ),
         ema=EMA(unet, config.ema),
         window=LossWindow(device),
         ledger=ledger,
@@ -100,7 +116,9 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     )
 
 
-def check_parts(config: RunConfig, autoencoder: AutoencoderKL, text_encoder: TextEncoder, manifest: Manifest) -> None:
+def check_parts(
+    config: RunConfig, autoencoder: AutoencoderKL, text_encoder: TextEncoder, manifests: Sequence[Manifest]
+) -> None:
     """Raises ValueError with every setting that does not fit autoencoder, text encoder or shards."""
     problems = []
     unet, channels = config.unet, autoencoder.config.latent_channels
@@ -120,12 +138,15 @@ def check_parts(config: RunConfig, autoencoder: AutoencoderKL, text_encoder: Tex
             f"unet.sample_size is {unet.sample_size}, but pictures of {config.data.resolution} have latents of "
             f"{config.data.resolution // factor}"
         )
-    if manifest.encoder is not None:
-        stored_text = manifest.encoder.get("text_encoder") is not None
-        expected = encoder_identity(
-            autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stored_text
-        )
-        problems += identity_problems(manifest.encoder, expected)
+    elif unet.sample_size is None and config.previews.every and config.previews.prompts:
+        problems.append("unet.sample_size is not set: previews need the size of the latents")
+    for manifest in manifests:
+        if manifest.encoder is not None:
+            stored_text = manifest.encoder.get("text_encoder") is not None
+            expected = encoder_identity(
+                autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stored_text
+            )
+            problems += [f"{manifest.folder}: {one}" for one in identity_problems(manifest.encoder, expected)]
     if problems:
         raise ValueError("the parts of this run do not fit each other:\n  " + "\n  ".join(problems))
 
@@ -162,39 +183,59 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
     run.ledger.restore(state.scalars["ledger"])
     if run.accelerator.scaler is not None and state.scalars["scaler"]:
         run.accelerator.scaler.load_state_dict(state.scalars["scaler"])
+    run.last_checkpoint = checkpoint
     say(f"resuming after step {state.step} from {checkpoint}")
     return state.step
 
 
-def save(run: Run, done: int) -> None:
-    """Writes the checkpoint of step `done` on the main process while the others wait. Collective."""
-    window = run.window.total().tolist()
+def save(run: Run, done: int, grad_norm: Tensor) -> None:
+    """Writes the checkpoint of step `done` on the main process while the others wait. Collective.
+
+    Raises:
+        FloatingPointError: loss or gradient are not finite: no good checkpoint gives way to a bad one.
+    """
+    window = run.window.total()
+    scaler = run.accelerator.scaler
+    check_finite(float(window.sum()), float(grad_norm), done, scaled=scaler is not None)
     run.ledger.share(run.accelerator)
     if run.accelerator.is_main_process:
-        root, scaler = run.run_dir / "checkpoints", run.accelerator.scaler
-        # Frozen parts are the same in each checkpoint of a run: links to those of the one before cost no space.
-        earlier = newest_complete(root, lambda line: None) if (root / "latest").exists() else None
         state = TrainingState(
             step=done,
             weights=run.pipeline.unet.state_dict(),
             optimizer=optimizer_tensors(run.optimizer.optimizer),
             ema_updates=run.ema.updates,
             scalars={
-                "loss_window": window,
+                "loss_window": window.tolist(),
                 "ledger": run.ledger.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "shards": run.manifest.digest(),
             },
         )
-
-        def write_pipeline(folder: Path) -> None:
-            save_pipeline(folder, run.pipeline, unet_state=run.ema.state_dict(), frozen_from=earlier)
-
-        save_checkpoint(
-            root,
+        run.last_checkpoint = save_checkpoint(
+            run.run_dir / "checkpoints",
             state,
-            write_pipeline,
+            lambda folder: write_pipeline(run, folder),
             config_yaml=to_yaml(run.config),
             keep=run.config.training.keep_checkpoints,
         )
     run.accelerator.wait_for_everyone()
+
+
+def write_pipeline(run: Run, folder: Path) -> None:
+    """The pipeline's files: averaged weights; frozen parts are links where an earlier checkpoint has them intact."""
+    earlier = run.last_checkpoint
+    if earlier is not None and not intact(earlier, FROZEN):
+        earlier = None
+    save_pipeline(folder, run.pipeline, unet_state=run.ema.state_dict(), frozen_from=earlier)
+
+
+def check_finite(loss: float, grad_norm: float, done: int, *, scaled: bool) -> None:
+    """Raises FloatingPointError on a loss or gradient that is not finite: nothing after it would be worth its cost.
+
+    With a loss scaler (`scaled`) an infinite gradient is its way of finding the scale, and its step is skipped.
+    """
+    if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+        raise FloatingPointError(
+            f"step {done}: loss {loss}, gradient norm {grad_norm}; checkpoints are from before. Lower optimizer.lr, or "
+            "set wrapping.mixed_precision to bf16 or no"
+        )
