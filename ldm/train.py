@@ -87,10 +87,10 @@ def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
                 stopping = stop.agreed()
                 if stopping or due(done, config.training.checkpoint_every, steps):
                     save(run, done, grad_norm)
+                if stopping:
+                    break  # at once: whoever sent the signal kills what is still there after a while
                 if config.previews.every and config.previews.prompts and due(done, config.previews.every, steps):
                     preview(run, done)
-            if stopping:
-                break
     run.metrics.close()
     outcome = "finished" if done >= steps else "interrupted"
     say(f"{outcome} after {done} of {steps} steps; checkpoint {run.run_dir / 'checkpoints' / 'latest'}")
