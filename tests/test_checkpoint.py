@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import xxhash
 
-from ldm.models.pretrained import write_tensors
+from ldm.models.durable import write_tensors
 from ldm.training import checkpoint
 from ldm.training.checkpoint import (
     CheckpointError,
@@ -99,6 +99,59 @@ def test_none_complete_is_an_error_and_not_a_fresh_start(tmp_path):
     assert newest_complete(tmp_path / "nothing", lambda line: None) is None
 
 
+def rewrite(checkpoint: Path, name: str, content: str) -> None:
+    """Gives a file other content and puts that into the hash list, as a program that knows the format would."""
+    (checkpoint / name).write_text(content)
+    hashes = json.loads((checkpoint / "hashes.json").read_text())
+    hashes[name] = {"bytes": len(content), "xxh3": xxhash.xxh3_64(content.encode()).hexdigest()}
+    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
+
+
+def test_a_checkpoint_of_another_format_is_named_and_not_gone_behind(tmp_path):
+    save(tmp_path, 1)
+    second = save(tmp_path, 2)
+    record = json.loads((second / "training_state" / "state.json").read_text())
+    rewrite(second, "training_state/state.json", json.dumps(record | {"format": 2}))
+    for attempt in (load_training_state, verify_checkpoint):
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002/.*state\.json: checkpoint format 2, .* reads format 1"
+        ):
+            attempt(second)
+    with pytest.raises(CheckpointError, match="checkpoint format 2"):
+        newest_complete(tmp_path, lambda line: None)
+
+
+def test_a_hash_list_that_is_not_one_is_a_reason_and_not_a_crash(tmp_path):
+    saved = save(tmp_path, 1)
+    listing = saved / "hashes.json"
+    good = listing.read_bytes()
+    for bad in (b"", b"{}", b"[]", b"null", b'{"a": 1}', b'{"a": {"bytes": 1}}', b"\xff\xfe", good[:-9]):
+        listing.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"hashes\.json (is not readable|does not list)"):
+            load_training_state(saved)
+    print(f"{len(good)} flipped bits of the hash list, one in each byte")
+    refused = 0
+    for at in range(len(good)):
+        listing.write_bytes(good[:at] + bytes([good[at] ^ (1 << at * 5 % 8)]) + good[at + 1 :])
+        try:
+            loaded = load_training_state(saved)[0]
+        except CheckpointError:
+            refused += 1
+        else:  # a flip in the spaces between words
+            assert torch.equal(loaded.weights["conv.weight"], state(1).weights["conv.weight"])
+    assert refused > 0.7 * len(good)
+    listing.write_bytes(good)
+    verify_checkpoint(saved)
+
+
+def test_a_damaged_one_of_a_later_step_costs_no_good_one_its_place(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    (tmp_path / "step-00000020" / "model_index.json").write_text("[]")
+    save(tmp_path, 15, keep=2)  # resumed after 10
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000015"]
+
+
 @pytest.mark.parametrize("fault", ["write_tensors", "_flush", "file_hash", "replace", "pipeline"])
 def test_a_storage_fault_at_any_stage_leaves_the_previous_checkpoint_in_place(tmp_path, monkeypatch, fault):
     first = save(tmp_path, 1, keep=1)
@@ -135,14 +188,21 @@ def test_frozen_parts_are_linked_only_from_a_checkpoint_in_which_they_are_intact
     assert not intact(saved, ["unet"])
 
 
-def test_storage_that_keeps_other_bytes_than_written_is_found_before_the_rename(tmp_path, monkeypatch):
-    def save_wrongly(tensors, path):
-        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".yaml"])
+def test_storage_that_drops_bytes_in_silence_is_found_before_the_rename(tmp_path, monkeypatch, suffix):
+    first = save(tmp_path, 1)
+    fsync = os.fsync
 
-    monkeypatch.setattr(checkpoint, "write_tensors", save_wrongly)
-    with pytest.raises(CheckpointError, match="other values than were written"):
-        save(tmp_path, 1)
-    assert not (tmp_path / "step-00000001").exists()
+    def cut(descriptor):  # the last byte is gone when the file is on the storage
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if Path(name.removesuffix(f".{os.getpid()}")).suffix == suffix and os.path.getsize(name):
+            os.truncate(name, os.path.getsize(name) - 1)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", cut)
+    with pytest.raises((OSError, CheckpointError), match=r"other bytes than were written|not readable as JSON"):
+        save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", first.name]
 
 
 def test_the_oldest_is_removed_only_after_the_new_one_is_complete(tmp_path, monkeypatch):

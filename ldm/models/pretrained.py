@@ -7,7 +7,6 @@ Leaves: a local path, a module filled with weights, or a component folder that d
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ldm.models.durable import write_tensors, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -237,36 +237,12 @@ def save_component(
     tensors = {name: _stored(tensor, dtype) for name, tensor in state.items()}
     text = json.dumps({"_class_name": class_name, **config_dict}, indent=2) + "\n"
     write_tensors(tensors, folder / WEIGHTS_NAME)
-    _write(folder / CONFIG_NAME, lambda path: path.write_text(text))
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes contiguous tensors on the host as safetensors, under their name only when complete."""
-
-    def write(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # "format" is the mark by which diffusers and transformers know tensors of torch.
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        # safetensors leaves files that only their owner can read: of no use to a team on shared storage.
-        temporary.chmod(mode)
-
-    _write(path, write)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(text, folder / CONFIG_NAME)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach()
-    tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
-    return tensor.contiguous()
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else None)
 
 
 def read_config(folder: Path, *, class_name: str) -> dict[str, Any]:

@@ -3,29 +3,30 @@
 Enters: what resuming needs (TrainingState) and a function that writes the pipeline's files. Leaves: a folder
 `step-00001000/` that appears under its name only when it is complete, `latest` pointing to it, and the state back.
 
-Order of a save: temporary folder, flush, tensors read back and compared, hash list, rename, `latest`, and only then are
-old checkpoints removed. Whatever instant a process dies at, the newest complete checkpoint is still there.
+Order of a save: temporary folder, files written, flushed, read back and compared, hash list, flush, rename, flush of
+the parent, `latest`, and only then are old checkpoints removed. Whatever instant a process dies at, the newest complete
+checkpoint is still there.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.models.pretrained import write_tensors
+from ldm.models.durable import file_hash, write_tensors, write_text
 
 FORMAT = 1
 HASHES = "hashes.json"
 STATE = "training_state"
+RECORD = f"{STATE}/state.json"
+AVERAGED = "unet/diffusion_pytorch_model.safetensors"
 PARTIAL = ".partial"
 
 
@@ -59,58 +60,91 @@ def save_checkpoint(
 ) -> Path:
     """Writes `root/step-XXXXXXXX`, points `root/latest` to it and removes the oldest beyond `keep` (0 keeps all).
 
-    Call it on the main process only; under DDP nothing in it is collective.
+    Call it on the main process only; under DDP nothing in it is collective. `CheckpointWriter` calls it in a thread.
+
+    Args:
+        write_pipeline: writes the pipeline's files into a folder that exists, its tensors with `write_tensors`.
 
     Raises:
-        OSError: the storage failed; earlier checkpoints are untouched and `latest` still points to one of them.
-        CheckpointError: what was read back differs from what was written.
+        OSError: the storage failed, or keeps other bytes than were written; earlier checkpoints are untouched and
+            `latest` points to one of them, or to this one where it was complete before the failure.
+        CheckpointError: a file of the pipeline is not what was written.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / checkpoint_name(state.step)
     if final.exists() and _problem(final) is None:
         _point_latest(root, final)
         return final
-    partial = root / f".{final.name}{PARTIAL}"
+    with partial_folder(root, state.step) as partial:
+        write_pipeline(partial)
+        folder = partial / STATE
+        written = {
+            f"{STATE}/{name}.safetensors": write_tensors(_on_host(tensors), folder / f"{name}.safetensors")
+            for name, tensors in (("unet", state.weights), ("optimizer", state.optimizer))
+        }
+        record = {"step": state.step, "ema_updates": state.ema_updates, **state.scalars}
+        written |= write_record(partial, record, config_yaml)
+        publish(root, partial, final, written, keep)
+    return final
+
+
+@contextmanager
+def partial_folder(root: Path, step: int) -> Iterator[Path]:
+    """The temporary folder of a save, with an empty training_state/; what is left of it after an error is removed."""
     for left in root.glob(f".step-*{PARTIAL}"):  # of saves that a kill cut short
         shutil.rmtree(left, ignore_errors=True)
+    partial = root / f".{checkpoint_name(step)}{PARTIAL}"
     try:
-        folder = partial / STATE
-        folder.mkdir(parents=True)
-        write_pipeline(partial)
-        _save_tensors(state.weights, folder / "unet.safetensors")
-        _save_tensors(state.optimizer, folder / "optimizer.safetensors")
-        record = {"format": FORMAT, "step": state.step, "ema_updates": state.ema_updates, **state.scalars}
-        (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "config.yaml").write_text(config_yaml)
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        _flush(files)
-        hashes = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
-        (partial / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
-        _flush([partial / HASHES, *(p for p in partial.rglob("*") if p.is_dir()), partial])
-        if final.exists():  # an incomplete folder under the final name, left by other hands
-            shutil.rmtree(final)
-        os.replace(partial, final)
+        (partial / STATE).mkdir(parents=True)
+        yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_record(partial: Path, record: Mapping[str, Any], config_yaml: str) -> dict[str, str]:
+    """Writes state.json and the run's config into a temporary folder; returns their hashes."""
+    text = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
+    files = {RECORD: text, f"{STATE}/config.yaml": config_yaml}
+    return {name: write_text(content, partial / name) for name, content in files.items()}
+
+
+def publish(root: Path, partial: Path, final: Path, written: Mapping[str, str], keep: int) -> None:
+    """Flushes a temporary folder, gives it its hash list and its name, points `latest` to it and removes old ones.
+
+    Args:
+        written: hashes of files that are flushed already, by their path in the folder.
+    """
+    files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
+    _flush(path for name, path in files.items() if name not in written)
+    for name, path in files.items():
+        if path.suffix == ".json" and name not in written:  # nobody has compared them; cut short they do not parse
+            _check_json(name, path)
+    hashes = {
+        name: {"bytes": path.stat().st_size, "xxh3": written.get(name) or file_hash(path)}
+        for name, path in files.items()
+    }
+    write_text(json.dumps(hashes, indent=1) + "\n", partial / HASHES)
+    _flush([*(p for p in partial.rglob("*") if p.is_dir()), partial])
+    if final.exists():  # an incomplete folder under the final name, left by other hands
+        shutil.rmtree(final)
+    os.replace(partial, final)
     _flush([root])
     _point_latest(root, final)
     if keep:
         _prune(root, keep, final)
-    return final
 
 
 def load_training_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Tensor]]:
     """State of a verified checkpoint and its averaged weights (the tensors of `unet/`).
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, altered, or of another format; names the file.
+        CheckpointError: the checkpoint is incomplete, altered, sharded, or of another format; names the file.
     """
-    verify_checkpoint(checkpoint)
+    record = read_record(checkpoint)
+    if "sharded" in record:
+        raise CheckpointError(f"{checkpoint} holds the state of a sharded engine: resume with that engine")
     folder = checkpoint / STATE
-    record = json.loads((folder / "state.json").read_text())
-    if record.pop("format") != FORMAT:
-        raise CheckpointError(f"{folder / 'state.json'}: written in another format; expected {FORMAT}")
     state = TrainingState(
         step=record.pop("step"),
         weights=load_file(folder / "unet.safetensors"),
@@ -118,7 +152,15 @@ def load_training_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Tens
         ema_updates=record.pop("ema_updates"),
         scalars=record,
     )
-    return state, load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    return state, load_file(checkpoint / AVERAGED)
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """Content of a verified checkpoint's state.json, without its format; raises CheckpointError like verifying."""
+    verify_checkpoint(checkpoint)
+    record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text())
+    del record["format"]
+    return record
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
@@ -126,6 +168,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
     problem = _problem(checkpoint)
     if problem is not None:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {problem}")
+    _check_format(checkpoint)
 
 
 def intact(checkpoint: Path, folders: Iterable[str]) -> bool:
@@ -134,13 +177,19 @@ def intact(checkpoint: Path, folders: Iterable[str]) -> bool:
 
 
 def newest_complete(root: Path, report: Callable[[str], None]) -> Path | None:
-    """Newest checkpoint whose hash list holds; says through `report` what it passed over and why."""
+    """Newest checkpoint whose hash list holds; says through `report` what it passed over and why.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is complete, or the newest complete one is of another format:
+            going on from an older one would throw its steps away.
+    """
     if not root.is_dir():
         return None
     found = sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
     for checkpoint in found:
         problem = _problem(checkpoint)
         if problem is None:
+            _check_format(checkpoint)
             return checkpoint
         report(f"passing over checkpoint {checkpoint.name}: {problem}")
     if found:
@@ -161,15 +210,6 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def file_hash(path: Path) -> str:
-    """xxh3_64 of a file's content, in hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _problem(checkpoint: Path, folders: tuple[str, ...] | None = None) -> str | None:
     """Why a checkpoint (or some folders of it) cannot be trusted, or None."""
     listing = checkpoint / HASHES
@@ -177,40 +217,48 @@ def _problem(checkpoint: Path, folders: tuple[str, ...] | None = None) -> str | 
         return f"{HASHES} is missing (the checkpoint was not finished)"
     try:
         hashes = json.loads(listing.read_text())
-    except ValueError as error:
-        return f"{HASHES} is not readable as JSON ({error})"
-    for name, expected in hashes.items():
+        expected = {name: (entry["bytes"], entry["xxh3"]) for name, entry in hashes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{HASHES} is not readable as a list of sizes and hashes ({type(error).__name__}: {error})"
+    if RECORD not in expected:
+        return f"{HASHES} does not list {RECORD}"
+    for name, (size, digest) in expected.items():
         if folders is not None and name.split("/")[0] not in folders:
             continue
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes, expected {expected['bytes']}"
-        if file_hash(path) != expected["xxh3"]:
-            return f"{name} was altered: its xxh3 is not the one of {HASHES}"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            found = path.stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if file_hash(path) != digest:
+                return f"{name} was altered: its xxh3 is not the one of {HASHES}"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes and reads back: storage that drops bytes without an error is found here, not at the resume."""
-    on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_tensors(on_host, path)
+def _check_format(checkpoint: Path) -> None:
+    found = json.loads((checkpoint / RECORD).read_text()).get("format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint / RECORD}: checkpoint format {found}, this program reads format {FORMAT}; use the version of "
+            "the program that wrote it, or move this checkpoint away"
+        )
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+
+
+def _check_json(name: str, path: Path) -> None:
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            same = names == set(on_host) and all(_same_bytes(file.get_tensor(n), on_host[n]) for n in names)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read back after writing: {error}") from error
-    if not same:
-        raise CheckpointError(f"{path} holds other values than were written: the storage is at fault")
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    # As bytes: a NaN is equal to itself, and -0.0 is not 0.0.
-    same_kind = a.shape == b.shape and a.dtype == b.dtype
-    return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name} is not readable as JSON after writing ({error}): the storage is at fault"
+        ) from error
 
 
 def _flush(paths: Iterable[Path]) -> None:
@@ -231,9 +279,13 @@ def _point_latest(root: Path, checkpoint: Path) -> None:
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:
-    """Removes the oldest checkpoints beyond `keep`, never the one just written."""
-    older = sorted(p for p in root.glob("step-*") if p.is_dir() and p != newest)
-    for checkpoint in older[: max(0, len(older) + 1 - keep)]:
+    """Removes checkpoints beyond `keep`, never the one just written: those of later steps first, then the oldest.
+
+    One of a later step was passed over when the run was resumed; it must not cost a good one its place.
+    """
+    others = (p for p in root.glob("step-*") if p.is_dir() and p != newest)
+    order = sorted(others, key=lambda p: (p.name < newest.name, p.name))
+    for checkpoint in order[: max(0, len(order) + 1 - keep)]:
         # The hash list goes first: a removal that is interrupted leaves a folder that nothing takes for complete.
         (checkpoint / HASHES).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
