@@ -43,6 +43,11 @@ class TrainingConfig:
     """Optimizer steps between two checkpoints; the last step always writes one; 0 writes no others."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
+    checkpoint_failures_allowed: int = 2
+    """Checkpoints in a row that may fail to be written before the run stops; each failure is said."""
+    bad_steps_allowed: int = 20
+    """Steps in a row whose loss or gradient is not finite before the run stops; each is skipped by all processes and
+    listed in bad_steps.jsonl."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -50,6 +55,8 @@ class TrainingConfig:
             ("global_batch", 1),
             ("checkpoint_every", 0),
             ("keep_checkpoints", 0),
+            ("checkpoint_failures_allowed", 0),
+            ("bad_steps_allowed", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"training.{name}: found {getattr(self, name)}, expected {least} or more")
@@ -169,6 +176,8 @@ FREE_WHEN_RESUMING = (
     "training.max_micro_batch",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.checkpoint_failures_allowed",
+    "training.bad_steps_allowed",
     "data.shards",  # the manifest's digest in the checkpoint tells whether it is the same data
     "data.verify",
     "data.workers",

@@ -5,9 +5,7 @@ Walk of a step: loader (position -> sample -> draws -> Batch) -> latents and con
 backward, accumulated over micro-batches -> clip -> AdamW -> average. The same command again resumes.
 """
 
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,35 +23,39 @@ from ldm.data.loader import make_loader, make_validation_loader
 from ldm.diffusion.objective import Network, loss_per_sample, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
-from ldm.training.distributed import StopRequest, first_lines, split_global_batch, start_accelerator
+from ldm.training.bad_numbers import StepNumbers, poisoned
+from ldm.training.distributed import first_lines, split_global_batch, start_accelerator
 from ldm.training.metrics import Clock, Console, peak_memory_gib, window_metrics
-from ldm.training.optimizer import learning_rate, set_learning_rate
+from ldm.training.optimizer import learning_rate, set_learning_rate, step_unless
+from ldm.training.outcome import INTERRUPTED, RunFolderError, only_program, write_status
 from ldm.training.previews import draw_previews
-from ldm.training.run import Run, build_run, check_finite, resume, save
+from ldm.training.run import Run, build_run, finish_writing, resume, save
+from ldm.training.signals import StopRequest
 from ldm.training.validation import validation_loss
 from ldm.training.wrapping import resolve_precision
-
-INTERRUPTED = 75
-"""Exit status of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the training program; returns the exit status: 0 finished, 75 interrupted and resumable."""
     config = parse_config(argv, prog="ldm/train.py", description=(__doc__ or "").splitlines()[0])
     run_dir = Path(config.run_dir)
-    try:
-        accelerator = start_accelerator(config.distributed, resolve_precision(config.wrapping.mixed_precision))
-        outcome, step = train(config, accelerator)
-    except BaseException as error:
-        write_status(run_dir, "failed", None, f"{type(error).__name__}: {error}")
-        raise
-    if accelerator.is_main_process:
-        write_status(run_dir, outcome, step, "")
-    accelerator.end_training()
+    with StopRequest() as stop:
+        try:
+            accelerator = start_accelerator(config.distributed, resolve_precision(config.wrapping.mixed_precision))
+            with only_program(run_dir, accelerator.is_main_process):
+                outcome, step = train(config, accelerator, stop)
+                if accelerator.is_main_process:
+                    write_status(run_dir, outcome, step, stop.received or "")
+        except RunFolderError:
+            raise  # the status is that of the program that is training there
+        except BaseException as error:
+            write_status(run_dir, "failed", None, f"{type(error).__name__}: {error}")
+            raise
+        accelerator.end_training()
     return 0 if outcome == "finished" else INTERRUPTED
 
 
-def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
+def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tuple[str, int]:
     """Runs or resumes the training of `config`; returns "finished" or "interrupted", and the steps done."""
     split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
     say = sayer(accelerator)
@@ -64,33 +66,32 @@ def train(config: RunConfig, accelerator: Accelerator) -> tuple[str, int]:
     if accelerator.is_main_process:
         (run.run_dir / "config.yaml").write_text(to_yaml(config))
         write_status(run.run_dir, "running", start, "")
-    run.metrics.forget_after(start)
     batches, held_out = training_batches(run, start), validation_batches(run)
     done, clock = start, Clock()
     quiet = not accelerator.is_main_process
-    bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, mininterval=1.0, file=Console())
-    with StopRequest(accelerator, config.distributed.timeout_minutes) as stop, bar:
+    with tqdm(total=steps, initial=start, unit="step", disable=quiet, mininterval=1.0, file=Console()) as bar:
         for step in range(start, steps):
-            grad_norm, latents = train_step(run, step, batches, clock)
+            latents = train_step(run, step, batches, clock)
             done = step + 1
             bar.update()
             validating = held_out is not None and due(done, config.validation.every, steps)
             if validating or done == 1 or due(done, config.metrics.log_every, steps):
-                record = measure(run, done, grad_norm, latents, clock)
+                record = measure(run, done, latents, clock)
                 if validating and held_out is not None:
                     with clock.paused():
                         record["validation_loss"] = validate(run, held_out)
                 run.metrics.write(done, record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
-                check_finite(record["loss"], record["grad_norm"], done, scaled=accelerator.scaler is not None)
+                bar.set_postfix({name: record[name] for name in ("loss", "lr")})
             with clock.paused():
-                stopping = stop.agreed()
+                stopping = stop.agreed(run.agreement)
                 if stopping or due(done, config.training.checkpoint_every, steps):
-                    save(run, done, grad_norm)
+                    settle(run)
+                    save(run, done)
                 if stopping:
                     break  # at once: whoever sent the signal kills what is still there after a while
                 if config.previews.every and config.previews.prompts and due(done, config.previews.every, steps):
                     preview(run, done)
+    finish_writing(run)
     run.metrics.close()
     outcome = "finished" if done >= steps else "interrupted"
     say(f"{outcome} after {done} of {steps} steps; checkpoint {run.run_dir / 'checkpoints' / 'latest'}")
@@ -130,10 +131,10 @@ def validation_batches(run: Run) -> Iterable[Batch] | None:
     )
 
 
-def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> tuple[Tensor, Tensor]:
-    """One optimizer step over one global batch; returns gradient norm (0-dim) and the last micro-batch's latents."""
+def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> Tensor:
+    """One optimizer step over one global batch; returns the last micro-batch's latents. `settle` ends it."""
     config, accelerator = run.config, run.accelerator
-    set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
+    positions, losses = [], []
     for micro in range(run.split.accumulation):
         with clock.waiting():
             batch = next(batches)
@@ -144,16 +145,25 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> t
         with nullcontext() if last else accelerator.no_sync(run.network):
             loss, t, latents = batch_loss(run, run.network, batch)
             # All micro-batches have one size, so that the mean of their means is the mean of the global batch.
-            accelerator.backward(loss.mean() / run.split.accumulation)
+            accelerator.backward(poisoned(loss) / run.split.accumulation)
         run.window.add(loss.detach(), t, config.noise.num_train_timesteps, batch.dropped)
+        positions.append(batch.positions)
+        losses.append(loss.detach())
         clock.images += len(batch.positions) * run.split.processes
     # After accumulation and, in fp16, unscaling: accelerate knows the scaler.
     grad_norm = accelerator.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or math.inf)
-    run.optimizer.step()
+    settle(run)  # the step before, while the device computes this one: the average wants the weights of before
+    set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
+    skipped = step_unless(run.optimizer, ~grad_norm.isfinite())
     run.optimizer.zero_grad(set_to_none=True)
-    if not accelerator.optimizer_step_was_skipped:
+    run.bad_steps.hold(StepNumbers(step + 1, positions, losses), skipped, grad_norm)
+    return latents
+
+
+def settle(run: Run) -> None:
+    """Ends the step that was taken last, once: its share of the average, or its line in the log of bad steps."""
+    if run.bad_steps.verdict(run.accelerator):
         run.ema.update()
-    return grad_norm, latents
 
 
 def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,25 +187,28 @@ def latents_of(run: Run, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
-    """Text states (B, L, D), those of dropped captions replaced by the encoder's own empty caption."""
+    """Text states (B, L, D), those of dropped captions replaced by the encoder's own empty caption; and sizes (B, 6)."""
     states = batch.text_states
     if states is None:
         states = run.pipeline.text_encoder.encode(batch.captions)
     empty = run.pipeline.text_encoder.empty().float()
-    return Conditioning(text=torch.where(batch.dropped[:, None, None], empty, states.float()))
+    text = torch.where(batch.dropped[:, None, None], empty, states.float())
+    return Conditioning(text=text, sizes=batch.sizes)
 
 
-def measure(run: Run, done: int, grad_norm: Tensor, latents: Tensor, clock: Clock) -> dict[str, Any]:
+def measure(run: Run, done: int, latents: Tensor, clock: Clock) -> dict[str, Any]:
     """The numbers of step `done`; empties the window. The only place where a step waits for the device. Collective."""
+    settle(run)
     record = window_metrics(run.window.total())
     run.window.clear()
     run.ledger.share(run.accelerator)
     return record | {
         "lr": learning_rate(done - 1, run.config.training.steps, run.config.optimizer),
-        "grad_norm": float(grad_norm),
+        "grad_norm": run.bad_steps.grad_norm,
         "latent_std": float(latents.float().std()),
         "ema_decay": run.ema.decay(max(run.ema.updates - 1, 0)),
         "quarantined": run.ledger.replaced,
+        "skipped_steps": run.bad_steps.total,
         "memory_gib": peak_memory_gib(run.accelerator.device),
         **clock.read(),
     }
@@ -231,17 +244,6 @@ def due(done: int, every: int, steps: int) -> bool:
 def sayer(accelerator: Accelerator) -> Callable[[str], None]:
     """Prints a line above the progress bar, on the main process only."""
     return lambda line: tqdm.write(line, file=Console()) if accelerator.is_main_process else None
-
-
-def write_status(run_dir: Path, outcome: str, step: int | None, reason: str) -> None:
-    """`status.json`: launchers hide exit statuses, so that a scheduler reads the outcome here."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "status.json"
-    if outcome == "failed" and path.exists() and json.loads(path.read_text())["outcome"] == "finished":
-        return  # a start that was refused takes nothing from the run that finished there
-    temporary = run_dir / f".status.json.{os.getpid()}.partial"
-    temporary.write_text(json.dumps({"outcome": outcome, "step": step, "reason": reason}) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

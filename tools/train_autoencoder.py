@@ -155,7 +155,7 @@ def train(config: AutoencoderRun, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
-    run.metrics.forget_after(0)
+    run.metrics.start(0)
     batches, clock = iter(training_batches(run)), Clock()
     sums: dict[str, Tensor] = {}
     began = time.perf_counter()

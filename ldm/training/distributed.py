@@ -6,14 +6,12 @@ run's first lines. Everything here is collective: each process calls it at the s
 
 import os
 import platform
-import signal
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -199,42 +197,37 @@ def first_lines(accelerator: Accelerator, split: BatchSplit) -> list[str]:
     ]
 
 
-class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop at the end of the running step; all processes agree on the step.
-
-    A second signal changes nothing: the checkpoint under way is finished first.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+class Agreement:
+    """Numbers that all processes agree on, over gloo on the host: no step waits for the device's queue to drain."""
 
     def __init__(self, accelerator: Accelerator, timeout_minutes: float) -> None:
-        self.received: str | None = None
-        # Own gloo group: the agreement is a CPU tensor, so that no step waits for the GPU's queue to drain.
-        timeout = timedelta(minutes=timeout_minutes)
         several = accelerator.num_processes > 1
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
-        self._previous: dict[int, Any] = {}
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if several else None
 
-    def __enter__(self) -> "StopRequest":
-        for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            # A pipe's reader may have died of the same Ctrl-C; a file object may be in the middle of a write.
-            with suppress(OSError):
-                os.write(2, f"\n{self.received} received: finishing the step, then a checkpoint\n".encode())
-
-    def agreed(self) -> bool:
-        """True on every process as soon as one process has received a signal."""
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values. Collective."""
         if self._group is None:
-            return self.received is not None
-        flag = torch.tensor([self.received is not None], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+            return value
+        shared = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
+        return int(shared.item())
+
+    def wait(self, ready: Callable[[], bool], every_seconds: float = 0.05) -> None:
+        """Returns on all processes once `ready()` is true on each: no wait that a collective's timeout could end.
+
+        Whatever `ready` raises on one process is raised there, and ends the others with an EngineError. Collective.
+        """
+        while True:
+            state, problem = 1, None
+            try:
+                state = 0 if ready() else 1
+            except Exception as error:
+                state, problem = 2, error
+            agreed = self.largest(state)
+            if problem is not None:
+                raise problem
+            if agreed == 2:
+                raise EngineError("another process has failed; its own error says why")
+            if agreed == 0:
+                return
+            time.sleep(every_seconds)

@@ -64,9 +64,11 @@ class LossWindow:
     def add(self, loss: Tensor, t: Tensor, num_timesteps: int, dropped: Tensor) -> None:
         """Adds a micro-batch: loss (B,), timesteps t (B,) in [0, num_timesteps), dropped captions (B,) bool."""
         quarter = t.long() * QUARTERS // num_timesteps
-        self.sums.index_add_(0, quarter, loss.double())
-        self.counts.index_add_(0, quarter, torch.ones_like(loss, dtype=torch.float64))
-        self.dropped += dropped.sum()
+        # A loss that is not finite is counted elsewhere (bad_numbers.py); in these sums it would hide all others.
+        finite = loss.isfinite()
+        self.sums.index_add_(0, quarter, torch.where(finite, loss.double(), 0.0))
+        self.counts.index_add_(0, quarter, finite.double())
+        self.dropped += (dropped & finite).sum()
 
     def total(self) -> Tensor:
         """Sums over all processes as one (2 * QUARTERS + 1,) tensor; collective."""
@@ -98,6 +100,8 @@ def window_metrics(packed: Tensor) -> dict[str, float | None]:
         packed[-1].item(),
     )
     samples = sum(counts)
+    if not samples:
+        return dict.fromkeys(["loss", *(f"loss_quarter_{q + 1}" for q in range(QUARTERS)), "captions_dropped"])
     values: dict[str, float | None] = {"loss": sum(sums) / samples}
     for q in range(QUARTERS):
         values[f"loss_quarter_{q + 1}"] = sums[q] / counts[q] if counts[q] else None
@@ -170,17 +174,13 @@ class MetricsWriter:
         self._accelerator = accelerator
         self._path = run_dir / "metrics.jsonl"
         self._trackers: list[Any] = []
-        if accelerator.is_main_process:
-            self._trackers = _start_trackers(run_dir, config, settings)
+        self._start = lambda step: _start_trackers(run_dir, config, settings, step)
 
-    def forget_after(self, step: int) -> None:
-        """Drops lines of steps past `step`: they belong to work that a resumed run does again."""
-        if not self._accelerator.is_main_process or not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-        temporary = self._path.with_suffix(".jsonl.partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+    def start(self, step: int) -> None:
+        """Opens the trackers for a run that goes on after `step`, and drops the lines of later steps."""
+        if self._accelerator.is_main_process:
+            forget_after(self._path, step)
+            self._trackers = self._start(step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line for optimizer step `step` (the number of steps done); non-finite numbers become null."""
@@ -208,7 +208,17 @@ class MetricsWriter:
             tracker.finish()
 
 
-def _start_trackers(run_dir: Path, config: MetricsConfig, settings: dict[str, Any]) -> list[Any]:
+def forget_after(path: Path, step: int) -> None:
+    """Drops the lines of a JSON-lines file that tell of steps past `step`: a resumed run does that work again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    temporary = path.with_suffix(".jsonl.partial")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _start_trackers(run_dir: Path, config: MetricsConfig, settings: dict[str, Any], step: int) -> list[Any]:
     from accelerate.tracking import (
         TensorBoardTracker,
         WandBTracker,
@@ -216,7 +226,8 @@ def _start_trackers(run_dir: Path, config: MetricsConfig, settings: dict[str, An
 
     trackers: list[Any] = []
     if config.tensorboard:
-        trackers.append(TensorBoardTracker(run_name="tensorboard", logging_dir=run_dir))
+        # Points past `step`, of work that is done again, disappear from the curves.
+        trackers.append(TensorBoardTracker(run_name="tensorboard", logging_dir=run_dir, purge_step=step + 1))
     if config.wandb_project:
         trackers.append(WandBTracker(config.wandb_project, id=run_dir.name, dir=str(run_dir), resume="allow"))
         trackers[-1].store_init_configuration(settings)

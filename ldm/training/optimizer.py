@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 
@@ -96,6 +97,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every parameter group the learning rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def step_unless(optimizer: AcceleratedOptimizer, bad: Tensor) -> Tensor:
+    """One optimizer step, or none where `bad` is true: weights, moments and step counts then stay as they are.
+
+    The fused kernel decides on the device, so that the host need not wait; with a loss scaler the scaler decides.
+
+    Args:
+        bad: () bool, on the parameters' device.
+
+    Returns:
+        () float32, 1 where the step was skipped, else 0.
+    """
+    inner = optimizer.optimizer
+    if optimizer.scaler is not None:
+        optimizer.step()
+        return bad.new_tensor(optimizer.step_was_skipped, dtype=torch.float32)
+    found = bad.to(torch.float32)
+    if inner.defaults["fused"]:
+        inner.found_inf = found
+        optimizer.step()
+    elif not found.item():
+        optimizer.step()
+    return found
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
 Enters: a RunConfig and the processes that run. Leaves: a Run, which `ldm/train.py` steps; checkpoints in its folder.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, save_pipeline
 from ldm.pipeline_folder import FROZEN
-from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, save_checkpoint
-from ldm.training.distributed import BatchSplit
+from ldm.training.bad_numbers import LOG, BadSteps
+from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete
+from ldm.training.checkpoint_writer import CheckpointWriter
+from ldm.training.distributed import Agreement, BatchSplit
 from ldm.training.ema import EMA
-from ldm.training.metrics import LossWindow, MetricsWriter
+from ldm.training.metrics import LossWindow, MetricsWriter, forget_after
 from ldm.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from ldm.training.wrapping import wrap_network
+from ldm.training.wrapping import settle_buckets, wrap_network
 
 
 @dataclass
@@ -51,9 +53,11 @@ class Run:
     ema: EMA
     window: LossWindow
     ledger: Ledger
+    bad_steps: BadSteps
     metrics: MetricsWriter
-    last_checkpoint: Path | None = None
-    """Checkpoint that this run wrote or resumed from last: its frozen parts are linked into the next."""
+    writer: CheckpointWriter
+    """Writes checkpoints in the background; used on the main process."""
+    agreement: Agreement
 
     @property
     def run_dir(self) -> Path:
@@ -85,6 +89,8 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
         torch.manual_seed(config.seed)
         unet = UNet(config.unet)
     network = wrap_network(unet, accelerator, config.wrapping)
+    side = config.data.resolution // autoencoder.downsample_factor
+    settle_buckets(network, config.unet, side, text_encoder.max_length, split.micro_batch, accelerator)
     schedule = Schedule(config.noise).to(device)
     pipeline = Pipeline(unet, autoencoder.to(device), text_encoder, schedule, config.objective.parameterization)
     ledger = Ledger(run_dir / "quarantine.jsonl", config.data.quarantine_limit)
@@ -112,6 +118,14 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
         ema=EMA(unet, config.ema),
         window=LossWindow(device),
         ledger=ledger,
+        bad_steps=BadSteps(run_dir / LOG, config.training.bad_steps_allowed),
+        writer=CheckpointWriter(
+            run_dir / "checkpoints",
+            keep=config.training.keep_checkpoints,
+            failures_allowed=config.training.checkpoint_failures_allowed,
+            report=say,
+        ),
+        agreement=Agreement(accelerator, config.distributed.timeout_minutes),
         metrics=MetricsWriter(accelerator, run_dir, config.metrics, to_dict(config)),
     )
 
@@ -154,6 +168,8 @@ def check_parts(
 def resume(run: Run, say: Callable[[str], None]) -> int:
     """Puts back the newest complete checkpoint of the run's folder, if there is one; returns the steps done.
 
+    Lines of metrics and logs that tell of later steps are dropped: they will be written again.
+
     Raises:
         ValueError: config or shards differ from the checkpoint's in something that would make it another run.
     """
@@ -162,9 +178,24 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
         newest = newest_complete(run.run_dir / "checkpoints", say)
         found = [str(newest) if newest else None]
     name = broadcast_object_list(found)[0]
-    if name is None:
-        return 0
-    checkpoint = Path(name)
+    step = 0
+    if name is not None:
+        step = restore(run, Path(name), say)
+        run.writer.last = Path(name)
+        say(f"resuming after step {step} from {name}")
+    run.metrics.start(step)
+    if run.accelerator.is_main_process:
+        forget_after(run.bad_steps.path, step)
+    return step
+
+
+def restore(run: Run, checkpoint: Path, say: Callable[[str], None]) -> int:
+    """Puts back the state of a checkpoint; returns the steps done.
+
+    Raises:
+        CheckpointError: it is incomplete or altered.
+        ValueError: config or shards differ from the checkpoint's in something that would make it another run.
+    """
     state, average = load_training_state(checkpoint)
     saved = yaml.safe_load((checkpoint / "training_state" / "config.yaml").read_text())
     changed = differences(saved, to_dict(run.config))
@@ -175,67 +206,86 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
             f"{checkpoint} belongs to a run with other settings:\n  " + "\n  ".join(changed) + "\nPut them back to "
             "resume, or give another --run_dir to start a run of its own."
         )
+    before, steps = saved["training"]["steps"], run.config.training.steps
+    if before != steps and run.config.optimizer.schedule != "constant":
+        say(f"training.steps was {before} and is now {steps}: the learning rate follows the {steps} from here on")
     run.pipeline.unet.load_state_dict(state.weights)
     load_optimizer_tensors(run.optimizer.optimizer, state.optimizer)
     run.ema.load_state_dict(average, state.ema_updates)
     window = torch.tensor(state.scalars["loss_window"], dtype=torch.float64)
     run.window.restore(window, run.accelerator.is_main_process)
     run.ledger.restore(state.scalars["ledger"])
+    run.bad_steps.restore(state.scalars["bad_steps"])
     if run.accelerator.scaler is not None and state.scalars["scaler"]:
         run.accelerator.scaler.load_state_dict(state.scalars["scaler"])
-    run.last_checkpoint = checkpoint
-    say(f"resuming after step {state.step} from {checkpoint}")
     return state.step
 
 
-def save(run: Run, done: int, grad_norm: Tensor) -> None:
-    """Writes the checkpoint of step `done` on the main process while the others wait. Collective.
+def save(run: Run, done: int) -> None:
+    """Hands the state after step `done` to the main process's writer, which goes on in the background. Collective.
 
     Raises:
-        FloatingPointError: loss or gradient are not finite: no good checkpoint gives way to a bad one.
+        FloatingPointError: weights are not finite: no good checkpoint gives way to a bad one.
+        OSError, CheckpointError: more writes in a row have failed than training.checkpoint_failures_allowed.
     """
+    run.agreement.wait(lambda: previous_written(run))
     window = run.window.total()
-    scaler = run.accelerator.scaler
-    check_finite(float(window.sum()), float(grad_norm), done, scaled=scaler is not None)
     run.ledger.share(run.accelerator)
+    state = run.pipeline.unet.state_dict()
+    if not torch.stack(torch._foreach_norm(list(state.values()))).isfinite().all():
+        raise FloatingPointError(
+            f"after step {done} weights are not finite; checkpoints are from before. Lower optimizer.lr, or set "
+            "wrapping.mixed_precision to bf16 or no"
+        )
     if run.accelerator.is_main_process:
-        state = TrainingState(
-            step=done,
-            weights=run.pipeline.unet.state_dict(),
-            optimizer=optimizer_tensors(run.optimizer.optimizer),
-            ema_updates=run.ema.updates,
-            scalars={
-                "loss_window": window.tolist(),
-                "ledger": run.ledger.state(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "shards": run.manifest.digest(),
-            },
-        )
-        run.last_checkpoint = save_checkpoint(
-            run.run_dir / "checkpoints",
-            state,
-            lambda folder: write_pipeline(run, folder),
+        scaler = run.accelerator.scaler
+        run.writer.save(
+            TrainingState(
+                step=done,
+                weights=state,
+                optimizer=optimizer_tensors(run.optimizer.optimizer),
+                ema_updates=run.ema.updates,
+                scalars={
+                    "loss_window": window.tolist(),
+                    "ledger": run.ledger.state(),
+                    "bad_steps": run.bad_steps.state(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "shards": run.manifest.digest(),
+                },
+            ),
+            run.ema.state_dict(),
+            partial(write_pipeline, run),
             config_yaml=to_yaml(run.config),
-            keep=run.config.training.keep_checkpoints,
         )
-    run.accelerator.wait_for_everyone()
 
 
-def write_pipeline(run: Run, folder: Path) -> None:
+def previous_written(run: Run) -> bool:
+    """Whether no checkpoint is being written; raises when too many in a row could not be."""
+    if not run.writer.poll():
+        return False
+    if run.writer.failures > run.config.training.checkpoint_failures_allowed:
+        run.writer.wait()
+    return True
+
+
+def finish_writing(run: Run) -> None:
+    """Waits until the last checkpoint is complete. Collective.
+
+    Raises:
+        OSError, CheckpointError: it could not be written.
+    """
+
+    def written() -> bool:
+        if run.writer.poll():
+            run.writer.wait()
+            return True
+        return False
+
+    run.agreement.wait(written)
+
+
+def write_pipeline(run: Run, folder: Path, averaged: Mapping[str, Tensor], earlier: Path | None) -> None:
     """The pipeline's files: averaged weights; frozen parts are links where an earlier checkpoint has them intact."""
-    earlier = run.last_checkpoint
     if earlier is not None and not intact(earlier, FROZEN):
         earlier = None
-    save_pipeline(folder, run.pipeline, unet_state=run.ema.state_dict(), frozen_from=earlier)
-
-
-def check_finite(loss: float, grad_norm: float, done: int, *, scaled: bool) -> None:
-    """Raises FloatingPointError on a loss or gradient that is not finite: nothing after it would be worth its cost.
-
-    With a loss scaler (`scaled`) an infinite gradient is its way of finding the scale, and its step is skipped.
-    """
-    if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
-        raise FloatingPointError(
-            f"step {done}: loss {loss}, gradient norm {grad_norm}; checkpoints are from before. Lower optimizer.lr, or "
-            "set wrapping.mixed_precision to bf16 or no"
-        )
+    save_pipeline(folder, run.pipeline, unet_state=averaged, frozen_from=earlier)

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.attention import select_backend
-from ldm.models.unet import UNet
+from ldm.models.conditioning import Conditioning
+from ldm.models.unet import UNet, UNetConfig
 
 
 @dataclass
@@ -61,3 +63,30 @@ def wrap_network(unet: UNet, accelerator: Accelerator, config: WrappingConfig) -
     # 5. The engine's wrapper goes around everything. Optimizers made from `unet` stay valid: parameters are the same.
     wrapped: Any = accelerator.prepare_model(unet)
     return wrapped
+
+
+def settle_buckets(
+    network: torch.nn.Module,
+    config: UNetConfig,
+    side: int,
+    text_length: int,
+    micro_batch: int,
+    accelerator: Accelerator,
+) -> None:
+    """A forward and backward of zeros before the first step, on a network that several processes train.
+
+    DDP lays out its buckets anew in the order of the first backward pass, and the layout decides in which order four
+    processes or more add up: without this the first step of a resumed run would be rounded in another way than the
+    same step of an undisturbed one. Costs one step of computing at each start. Collective.
+    """
+    if not isinstance(network, DistributedDataParallel):
+        return
+    x = torch.zeros(micro_batch, config.in_channels, side, side, device=accelerator.device)
+    text = torch.zeros(micro_batch, text_length, config.cross_attention_dim, device=accelerator.device)
+    pooled = sizes = None
+    if config.pooled_channels:
+        pooled = torch.zeros(micro_batch, config.pooled_channels, device=accelerator.device)
+        sizes = torch.zeros(micro_batch, 6, device=accelerator.device)
+    t = torch.zeros(micro_batch, dtype=torch.int64, device=accelerator.device)
+    accelerator.backward(network(x, t, Conditioning(text, pooled, sizes)).square().mean())
+    network.zero_grad(set_to_none=True)
