@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from ldm.config import RunConfig, parse_config, to_yaml
 from ldm.data.batch import Batch
-from ldm.data.loader import make_loader, make_validation_loader
 from ldm.diffusion.objective import Network, loss_per_sample, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
@@ -66,7 +65,8 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
     if accelerator.is_main_process:
         (run.run_dir / "config.yaml").write_text(to_yaml(config))
         write_status(run.run_dir, "running", start, "")
-    batches, held_out = training_batches(run, start), validation_batches(run)
+    batches = run.data.training_batches(run.share, start, steps)
+    held_out = run.data.validation_batches(run.share, config.validation.samples)
     done, clock = start, Clock()
     quiet = not accelerator.is_main_process
     with tqdm(total=steps, initial=start, unit="step", disable=quiet, mininterval=1.0, file=Console()) as bar:
@@ -96,39 +96,6 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
     outcome = "finished" if done >= steps else "interrupted"
     say(f"{outcome} after {done} of {steps} steps; checkpoint {run.run_dir / 'checkpoints' / 'latest'}")
     return outcome, done
-
-
-def training_batches(run: Run, start: int) -> Iterator[Batch]:
-    """This process's micro-batches from step `start` on, in order."""
-    loader = make_loader(
-        run.config.data,
-        run.manifest,
-        run.config.seed,
-        latent_shape=run.latent_shape,
-        rank=run.accelerator.process_index,
-        world=run.split.processes,
-        micro_batch=run.split.micro_batch,
-        accumulation=run.split.accumulation,
-        start_step=start,
-        stop_step=run.config.training.steps,
-    )
-    return iter(loader)
-
-
-def validation_batches(run: Run) -> Iterable[Batch] | None:
-    """This process's share of the held-out batches, with draws that never change; None when there are none."""
-    if run.held_out is None:
-        return None
-    return make_validation_loader(
-        run.config.data,
-        run.held_out,
-        run.config.seed,
-        latent_shape=run.latent_shape,
-        rank=run.accelerator.process_index,
-        world=run.split.processes,
-        micro_batch=run.split.micro_batch,
-        samples=run.config.validation.samples,
-    )
 
 
 def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> Tensor:
@@ -187,7 +154,7 @@ def latents_of(run: Run, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
-    """Text states (B, L, D), those of dropped captions replaced by the encoder's own empty caption; and sizes (B, 6)."""
+    """Text states (B, L, D), those of dropped captions being the encoder's own empty caption's; and sizes (B, 6)."""
     states = batch.text_states
     if states is None:
         states = run.pipeline.text_encoder.encode(batch.captions)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.draws import Purpose, generator, normal, uniform
+from ldm.data.draws import Purpose, generator, normal, uniform, uniforms
 
 WORD = 2**64 - 1
 
@@ -61,6 +61,20 @@ def test_normal_draws_are_those_of_the_generator_and_of_every_version_of_numpy()
     out = np.zeros(shape, dtype=np.float32)
     normal(7, Purpose.NOISE, 123456789, shape=shape, out=out)
     np.testing.assert_array_equal(out, drawn)
+
+
+def test_300_uniforms_at_once_are_those_of_numpys_generator() -> None:
+    print("seed 0, 300 positions, 4 purposes, 4 seeds of the run")
+    drawn = np.random.default_rng(0).integers(0, 2**63 - 1, 250, dtype=np.int64)
+    positions = np.concatenate([np.arange(40), 2**32 + np.arange(-5, 4), drawn, [2**63 - 1]])
+    purposes = [Purpose.TIMESTEP, Purpose.FLIP, Purpose.DROPOUT, Purpose.VALIDATION]
+    for seed in (0, 1, 12345, WORD):
+        expected = [[generator(seed, one, position).random() for position in positions.tolist()] for one in purposes]
+        np.testing.assert_array_equal(uniforms(seed, purposes, positions), expected)
+    assert uniforms(0, purposes, np.arange(0)).shape == (4, 0)
+    for seed, position in ((-1, 0), (2**64, 0), (0, -1)):
+        with pytest.raises(ValueError, match="allowed are"):
+            uniforms(seed, purposes, np.array([3, position]))
 
 
 def test_draws_depend_on_the_address_and_not_on_what_was_drawn_before() -> None:

@@ -18,115 +18,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_shards import (
+    COUNTS,
+    ENCODER,
+    LATENT,
+    config,
+    encoded_sample,
+    flat,
+    global_batches,
+    loader_of,
+    png,
+    raw_sample,
+    write,
+)
 
+from ldm.data.batch import Batch
+from ldm.data.data_config import DataConfig
+from ldm.data.dataset import SampleDataset
 from ldm.data.draws import Purpose, generator
 from ldm.data.loader import (
-    Batch,
-    DataConfig,
-    SampleDataset,
-    make_loader,
     make_validation_loader,
     rank_positions,
     start_worker,
 )
 from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.order import Order
-from ldm.data.shards import write_shard
-
-LATENT = (2, 4, 4)
-COUNTS = [7, 0, 12, 1, 21, 12]
-ENCODER = {"weights": "test"}
-
-
-def png(pixels: np.ndarray) -> bytes:
-    stored = io.BytesIO()
-    Image.fromarray(pixels).save(stored, "PNG")
-    return stored.getvalue()
-
-
-def encoded_sample(shard: int, number: int, text: bool = True) -> dict:
-    rng = np.random.default_rng([shard, number])
-    sample = {
-        "__key__": f"k{number:03d}",
-        "moments.npy": rng.standard_normal((4, 4, 4)).astype(np.float16),
-        "flipped.npy": rng.standard_normal((4, 4, 4)).astype(np.float16),
-        "txt": f"caption {shard} {number}",
-        "json": {"size": [100 + shard, 200 + number], "crop": [shard, number]},
-    }
-    if text:
-        sample["text.npy"] = rng.standard_normal((3, 5)).astype(np.float16)
-    return sample
-
-
-def raw_sample(shard: int, number: int) -> dict:
-    rng = np.random.default_rng([shard, number])
-    return {
-        "__key__": f"k{number:03d}",
-        "png": png(rng.integers(0, 255, (9, 8 + number % 3, 3), dtype=np.uint8)),
-        "txt": f"caption {shard} {number}",
-    }
-
-
-def write(
-    folder: Path,
-    make: Callable[[int, int], dict] = encoded_sample,
-    counts: list[int] = COUNTS,
-    encoder: dict | None = ENCODER,
-) -> Manifest:
-    folder.mkdir(exist_ok=True)
-    for shard, count in enumerate(counts):
-        write_shard(folder / f"s-{shard}.tar", (make(shard, number) for number in range(count)))
-    return build_manifest(folder, encoder if make is not raw_sample else None, progress=False)
-
-
-def config(folder: Path, **changes: object) -> DataConfig:
-    return DataConfig(**{"shards": str(folder), "resolution": 8, "workers": 0, "shards_per_block": 2} | changes)
-
-
-def loader_of(manifest: Manifest, settings: DataConfig, seed: int = 3, **changes) -> torch.utils.data.DataLoader[Batch]:
-    split = {"rank": 0, "world": 1, "micro_batch": 8, "accumulation": 1, "start_step": 0, "stop_step": 6} | changes
-    return make_loader(settings, manifest, seed, latent_shape=LATENT, **split)
-
-
-def flat(batches: list[Batch]) -> dict[str, object]:
-    """Batches one after the other, each field as one value that can be compared."""
-    joined: dict[str, object] = {}
-    for field in dataclasses.fields(Batch):
-        values = [getattr(batch, field.name) for batch in batches]
-        if isinstance(values[0], torch.Tensor):
-            joined[field.name] = (values[0].dtype, torch.cat(values).tolist())
-        elif values[0] is None:
-            joined[field.name] = None
-        else:
-            joined[field.name] = list(itertools.chain(*values))
-    return joined
-
-
-def global_batches(manifest: Manifest, settings: DataConfig, world: int, start: int, stop: int) -> list[dict]:
-    """Each step's global batch, put together from the loaders of all ranks; the split of 8 differs by world."""
-    accumulation = {1: 2, 2: 1, 4: 2}[world]
-    micro_batch = 8 // (world * accumulation)
-    ranks = []
-    for rank in range(world):
-        loader = loader_of(
-            manifest,
-            settings,
-            rank=rank,
-            world=world,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            start_step=start,
-            stop_step=stop,
-        )
-        batches = list(loader)
-        assert len(batches) == len(loader) == (stop - start) * accumulation
-        assert all(len(batch.keys) == micro_batch for batch in batches)
-        ranks.append(batches)
-    return [
-        flat([batch for batches in ranks for batch in batches[step * accumulation : (step + 1) * accumulation]])
-        for step in range(stop - start)
-    ]
+from ldm.data.samples import draw
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +164,7 @@ def test_noise_and_timesteps_differ_between_samples_ranks_and_steps(encoded: Man
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_at_the_configured_rate_over_10000_positions(encoded: Manifest, rate: float) -> None:
     settings = config(encoded.folder, caption_dropout=rate)
-    dataset = SampleDataset(settings, encoded, 0, latent_shape=LATENT)
-    dropped = np.array([dataset.draw(position).dropped for position in range(10_000)])
+    dropped = np.array([one.dropped for one in draw(settings, 0, range(10_000), encoded=True)])
     assert abs(dropped.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / 10_000)
 
 

@@ -1,54 +1,32 @@
 """Indexes and manifests of shards that others wrote, whole and damaged, against tarfile and the stock reader."""
 
-import io
 import json
 import os
 import pickle
 import random
 import tarfile
+import tracemalloc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 import xxhash
+from tars import add, three_members, write_tar
 
-from ldm.data.manifest import MANIFEST_NAME, Manifest, ManifestError, build_manifest
-from ldm.data.shard_index import ShardIndex, index_path, index_shard, split_name
+from ldm.data.indexing import index_shard
+from ldm.data.manifest import INDEXES_IN_MEMORY, MANIFEST_NAME, Manifest, ManifestError, ShardEntry, build_manifest
+from ldm.data.shard_index import Damage, ShardIndex, index_path, split_name
 from ldm.data.shards import write_shards
 from tools.index_shards import main as index_shards
-
-Member = tuple[str, bytes]
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes, **fields: object) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def write_tar(path: Path, members: list[Member]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            add(tar, name, data)
-    return path
-
-
-def three_members(count: int, seed: int = 0) -> list[Member]:
-    rng = random.Random(seed)
-    return [
-        (f"{number:04d}.{extension}", rng.randbytes(rng.randrange(1, 1500)))
-        for number in range(count)
-        for extension in ("json", "png", "txt")
-    ]
 
 
 def contents(path: Path, index: ShardIndex) -> list[dict]:
     """What an index says of a tar: samples with key, data of each member; its checksums compared on the way."""
     stored = path.read_bytes()
+    assert index.shapes.shape == (len(index), 2)
     samples = []
     for sample in range(len(index)):
         members = {}
@@ -274,11 +252,21 @@ def test_a_missing_manifest_or_folder_names_the_command(tmp_path: Path) -> None:
     "change",
     [
         lambda stored: stored.update(version=99),
-        lambda stored: stored.pop("shards"),
-        lambda stored: stored["shards"][0].pop("bytes"),
-        lambda stored: stored["shards"][0].update(unknown=1),
-        lambda stored: stored["shards"][0].update(name="../outside.tar"),
-        lambda stored: stored["shards"][0].update(name="/etc/passwd"),
+        lambda stored: stored.update(version=1, shards=[]),
+        lambda stored: stored.pop("names"),
+        lambda stored: stored.pop("damage"),
+        lambda stored: stored.update(unknown=1),
+        lambda stored: stored["bytes"].pop(),
+        lambda stored: stored["bytes"].__setitem__(0, "4096"),
+        lambda stored: stored["samples"].__setitem__(1, 1.5),
+        lambda stored: stored["samples"].__setitem__(1, -1),
+        lambda stored: stored["index_xxh3"].__setitem__(0, "abc"),
+        lambda stored: stored["tar_xxh3"].__setitem__(0, "x" * 16),
+        lambda stored: stored["damage"].append([7, 0, "", "of a shard that is not there"]),
+        lambda stored: stored["names"].__setitem__(0, "../outside.tar"),
+        lambda stored: stored["names"].__setitem__(0, "/etc/passwd"),
+        lambda stored: stored["names"].__setitem__(0, "s-1.tar"),
+        lambda stored: stored["names"].__setitem__(0, 5),
     ],
 )
 def test_a_manifest_that_is_not_one_is_an_error_that_names_it(tmp_path: Path, change) -> None:
@@ -389,3 +377,116 @@ def test_damage_found_by_indexing_is_ledger_lines(tmp_path: Path) -> None:
     (record,) = build_manifest(tmp_path, progress=False).damaged()
     assert (record.shard, record.key, record.position, record.replacement) == ("s-000000.tar", "k1", -1, "")
     assert "byte 1,536: the file ends inside 'k1.txt': 100 of 600 bytes are there" in record.reason
+
+
+def test_an_index_is_read_as_it_was_written_however_large_its_numbers(tmp_path: Path) -> None:
+    small = index_shard(write_tar(tmp_path / "a.tar", three_members(300)))
+    large = replace(
+        small,
+        offsets=small.offsets + 2**41,  # behind 2 TiB: more blocks than 32 bits count
+        sizes=small.sizes.astype(np.int64) + 2**33,
+        extension_ids=small.extension_ids.astype(np.uint16) + 300,
+        damage=(Damage(7, "k\udcff", "reason"),),
+    )
+    for index in (small, large):
+        found = ShardIndex.from_bytes(index.to_bytes(), tmp_path / "a")
+        for name, value in vars(index).items():
+            assert np.array_equal(getattr(found, name), value), name
+            assert not isinstance(value, np.ndarray) or getattr(found, name).dtype == value.dtype, name
+        assert index.to_bytes() == found.to_bytes()
+    header = json.loads(small.to_bytes()[8 : 8 + int.from_bytes(small.to_bytes()[:8], "little")])
+    types = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    assert types == {
+        **dict.fromkeys(("starts", "blocks", "sizes", "key_starts"), "U32"),
+        "checksums": "U64",
+        "extension_ids": "U8",
+        "key_bytes": "U8",
+        "shapes": "I32",
+    }
+    assert len(small.to_bytes()) < 300 * 74 + 1000  # a sample: 4 + 3 * (4 + 4 + 8 + 1) + 4 + 4 + 8 bytes
+
+
+def test_an_index_of_an_older_version_is_refused_and_made_again(tmp_path: Path) -> None:
+    manifest = build(tmp_path, shards=1)
+    path = index_path(manifest.path(0))
+    stored = path.read_bytes()
+    path.write_bytes(stored.replace(b'\\"version\\": 2', b'\\"version\\": 1'))
+    assert path.read_bytes() != stored
+    with pytest.raises(ManifestError, match=r"not a shard index of version 2 \(its version is 1\).*index_shards\.py"):
+        ShardIndex.from_bytes(path.read_bytes(), path)
+    assert build_manifest(tmp_path, progress=False) == manifest
+    assert path.read_bytes() == stored
+
+
+@pytest.mark.parametrize(("shards", "samples"), [(10_000, 10_000), (100_000, 1_000)])
+def test_100_million_samples_take_less_than_200_mb(tmp_path: Path, shards: int, samples: int) -> None:
+    """The manifest whole, and as many indexes as are kept, of shards with three members a sample."""
+    numbers = np.arange(3 * samples)
+    index = ShardIndex(
+        extensions=("jpg", "txt", "json"),
+        starts=numbers[: samples + 1] * 3,
+        offsets=numbers * 30_720,
+        sizes=np.full(3 * samples, 30_000, np.uint32),
+        checksums=numbers.astype(np.uint64) * 2**40,
+        extension_ids=(numbers % 3).astype(np.uint8),
+        shapes=np.full((samples, 2), 512, np.int32),
+        key_bytes=np.zeros(9 * samples, np.uint8),
+        key_starts=(numbers[: samples + 1] * 9).astype(np.uint32),
+    )
+    stored = index.to_bytes()
+    checksum = xxhash.xxh3_64_hexdigest(stored)
+    entries = [ShardEntry(f"shard-{number:06d}.tar", 10**9 + number, samples, checksum) for number in range(shards)]
+    Manifest(tmp_path, entries).save()
+    for number in range(INDEXES_IN_MEMORY + 2):
+        index_path(tmp_path / f"shard-{number:06d}.tar").write_bytes(stored)
+    del entries, index, numbers
+    tracemalloc.start()
+    try:
+        manifest = Manifest.load(tmp_path)
+        for number in range(INDEXES_IN_MEMORY + 2):
+            manifest.index(number)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    print(f"{shards:,} shards of {samples:,}: {held / 1e6:.0f} MB, {most / 1e6:.0f} MB at most")
+    assert sum(manifest.counts) == 10**8
+    assert most < 200e6
+    assert len(pickle.dumps(manifest)) < 10e6
+
+
+def test_shards_of_a_manifest_are_a_sequence_of_entries(tmp_path: Path) -> None:
+    entries = [
+        ShardEntry(f"{number}.tar", number * 1000, number, f"{number:016x}", (), f"{number + 2**60:016x}")
+        for number in range(1, 6)
+    ]
+    entries[2] = replace(entries[2], damage=(Damage(1, "a", "x"), Damage(2, "", "y")))
+    Manifest(tmp_path, entries).save()
+    shards = Manifest.load(tmp_path).shards
+    assert list(shards) == entries
+    assert shards == entries
+    assert shards != entries[:-1]
+    assert shards != [*entries[:-1], replace(entries[-1], index_xxh3="f" * 16)]
+    assert shards[-2] == entries[-2]
+    assert shards[1:4] == entries[1:4]
+    with pytest.raises(IndexError):
+        shards[5]
+    assert [record.reason for record in Manifest.load(tmp_path).damaged()] == ["byte 1: x", "byte 2: y"]
+
+
+def test_200_random_flipped_bits_and_cuts_of_a_manifest_are_errors(tmp_path: Path) -> None:
+    manifest = build(tmp_path)
+    path = manifest.folder / MANIFEST_NAME
+    whole = path.read_bytes()
+    seed, trials = 4, 200
+    print(f"seed {seed}, {trials} flips and {trials} cuts")
+    draw = random.Random(seed)
+    for _ in range(trials):
+        at = draw.randrange(len(whole) - 4)  # not in the closing lines, of which a space may become another
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
+        with pytest.raises(ManifestError):
+            Manifest.load(manifest.folder)
+        path.write_bytes(whole[: draw.randrange(len(whole) - 2)])
+        with pytest.raises(ManifestError):
+            Manifest.load(manifest.folder)
+    path.write_bytes(whole)
+    assert Manifest.load(manifest.folder).digest() == manifest.digest()

@@ -116,10 +116,57 @@ def test_the_center_crop_is_centered_and_reported(shape: tuple[int, int], crop: 
     assert (picture.size, picture.crop) == (shape, crop)
 
 
+@pytest.mark.parametrize(
+    ("stored_shape", "shape", "crop"),
+    [((8, 20), (8, 12), (0, 4)), ((21, 8), (16, 8), (3, 0)), ((16, 24), (16, 24), (0, 0)), ((9, 24), (8, 24), (1, 0))],
+)
+def test_a_picture_is_cropped_to_a_height_and_a_width(
+    stored_shape: tuple[int, int], shape: tuple[int, int], crop: tuple[int, int]
+) -> None:
+    pixels = noise(*stored_shape)
+    picture = decode_picture({"png": stored(Image.fromarray(pixels))}, shape)
+    (top, left), (height, width) = crop, shape
+    np.testing.assert_array_equal(picture.pixels, pixels[top : top + height, left : left + width])
+    assert (picture.size, picture.crop) == (stored_shape, crop)
+
+
+def test_resizing_covers_the_shape_with_no_pixel_to_spare_over_500_random_shapes() -> None:
+    seed = 41
+    print(f"seed {seed}, 500 pictures and shapes")
+    for (height, width), shape in np.random.default_rng(seed).integers(8, 200, (500, 2, 2)).tolist():
+        resized = resize(Image.new("L", (width, height)), tuple(shape))
+        spare = (resized.height - shape[0], resized.width - shape[1])
+        assert min(spare) == 0
+        assert max(spare) >= 0
+        scale = max(shape[0] / height, shape[1] / width)
+        assert abs(resized.height - height * scale) <= 0.5
+        assert abs(resized.width - width * scale) <= 0.5
+        members = {"png": stored(Image.new("L", (width, height)))}
+        assert decode_picture(members, tuple(shape), (0.99, 0.0)).pixels.shape == (*shape, 3)
+
+
+def test_a_wide_part_shows_what_a_picture_shows_there() -> None:
+    # A gradient from left to right: the middle 3/4 of the width remain, and the brightness tells which.
+    wide = np.repeat(np.linspace(0, 255, 256).round().astype(np.uint8)[None, :, None], 128, axis=0).repeat(3, axis=2)
+    picture = decode_picture({"png": stored(Image.fromarray(wide))}, (64, 96))
+    assert picture.crop == (0, 16)
+    np.testing.assert_allclose(picture.pixels[32, :, 0], (np.arange(96) + 16.5) * 2, atol=1.5)
+
+
+def test_a_number_is_the_side_of_a_square() -> None:
+    data = {"png": stored(Image.fromarray(noise(37, 61)))}
+    for place in ((0.5, 0.5), (0.1, 0.9)):
+        one, other = decode_picture(data, 16, place), decode_picture(data, (16, 16), place)
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+        assert one[1:] == other[1:]
+
+
 def test_all_places_of_a_crop_are_inside_of_the_picture() -> None:
     data = {"webp": stored(Image.fromarray(noise(8, 11)), "WEBP", lossless=True)}
     lefts = [decode_picture(data, 8, (0.0, place)).crop[1] for place in (0.0, 0.24, 0.26, 0.5, 0.76, 1 - 2**-53)]
     assert lefts == [0, 0, 1, 2, 3, 3]
+    tall = {"png": stored(Image.fromarray(noise(11, 8)))}
+    assert [decode_picture(tall, 8, (place, 0.0)).crop for place in (0.0, 0.26, 0.76)] == [(0, 0), (1, 0), (3, 0)]
     assert all(decode_picture(data, 8, (0.999, place)).pixels.shape == (8, 8, 3) for place in (0, 0.999))
 
 

@@ -1,6 +1,7 @@
 """The quarantine ledger: lines once, the rate, and what a resumed run finds."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,58 @@ def test_a_line_cut_short_by_a_kill_is_left_out_with_a_warning(tmp_path: Path) -
     ledger.append([record(2)], seen=1)
     ledger.append([record(3)], seen=1)
     assert [line["key"] for line in lines(path)] == ["k1", "k2", "k3"]
+
+
+def test_after_a_kill_and_a_resume_the_file_is_that_of_the_undisturbed_run(tmp_path: Path) -> None:
+    work = [[record(3 * step), record(3 * step + 1, reason="no caption")] if step % 2 else [] for step in range(8)]
+    undisturbed = Ledger(tmp_path / "a.jsonl", 1.0)
+    for records in work:
+        undisturbed.append(records, seen=8)
+    for checkpoint in range(8):
+        for killed in range(checkpoint, 9):
+            for torn in (0, 15):
+                path = tmp_path / f"{checkpoint}-{killed}-{torn}.jsonl"
+                ledger = Ledger(path, 1.0)
+                state = json.loads(json.dumps(ledger.state()))
+                for step, records in enumerate(work[:killed]):
+                    ledger.append(records, seen=8)
+                    if step + 1 == checkpoint:
+                        state = json.loads(json.dumps(ledger.state()))
+                if path.exists() and path.stat().st_size - torn > state["bytes"]:
+                    path.write_bytes(path.read_bytes()[: -torn or None])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the torn line
+                    ledger = Ledger(path, 1.0)
+                ledger.restore(state)
+                for records in work[checkpoint:]:
+                    ledger.append(records, seen=8)
+                assert path.read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+                assert ledger.state() == undisturbed.state()
+
+
+def test_lines_after_the_checkpoint_go_even_where_the_work_done_again_gives_none(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    ledger = Ledger(path, 1.0)
+    ledger.append([record(1)], seen=8)
+    state = ledger.state()
+    ledger.append([record(2)], seen=8)
+    resumed = Ledger(path, 1.0)
+    resumed.restore(state)
+    assert [line["key"] for line in lines(path)] == ["k1", "k2"]  # other processes only read
+    resumed.append([], seen=8)
+    assert [line["key"] for line in lines(path)] == ["k1"]
+    assert resumed.state() == {"seen": 16, "replaced": 1, "bytes": path.stat().st_size}
+
+
+def test_a_file_that_does_not_continue_the_checkpoints_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    Ledger(path, 1.0).append([record(1), record(2)], seen=8)
+    content = path.read_bytes()
+    for length in (len(content) + 50, len(content) - 7, len(content)):
+        ledger = Ledger(path, 1.0)
+        ledger.restore({"seen": 8, "replaced": 2, "bytes": length})
+        ledger.append([record(2)], seen=8)
+        assert path.read_bytes() == content
 
 
 def test_a_line_that_is_none_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ def test_no_grid_is_drawn_where_previews_are_off(encoded_shards, tmp_path):
 def test_held_out_shards_of_another_encoder_are_refused(encoded_shards, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(encoded_shards, other)
-    stored = json.loads((other / "manifest.json").read_text())
-    stored["encoder"]["autoencoder"]["weights"] = "0" * 32
-    (other / "manifest.json").write_text(json.dumps(stored))
+    manifest = Manifest.load(other)
+    manifest.encoder["autoencoder"]["weights"] = "0" * 32
+    manifest.save()
     with pytest.raises(ValueError, match=r"other: .*autoencoder\.weights"):
         train(tmp_path / "run", encoded_shards, f"--data.validation={other}", "--validation.every=5")
 

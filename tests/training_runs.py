@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from ldm.train import main
 
 
-def train(run_dir: Path, shards: Path, *options: str) -> list[dict]:
-    """Runs the program in this process; returns the lines of its metrics."""
+def train(run_dir: Path, shards: Path | str, *options: str, config: Path | None = None) -> list[dict]:
+    """Runs the program in this process; returns the lines of its metrics. A `config` of its own names its shards."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    assert main([f"--config={DEBUG}", f"--run_dir={run_dir}", f"--data.shards={shards}", *options]) == 0
+    source = [f"--config={DEBUG}", f"--data.shards={shards}"] if config is None else [f"--config={config}"]
+    assert main([*source, f"--run_dir={run_dir}", *options]) == 0
     return metrics(run_dir)
 
 

@@ -18,6 +18,7 @@ from ldm.config import RunConfig, parse_config
 from ldm.data.encoding import claim_folder, encode_shards, encoder_identity, pending_shards
 from ldm.data.manifest import MANIFEST_NAME, Manifest, build_manifest
 from ldm.data.quarantine import FEWEST_SEEN, Ledger, QuarantineLimitError
+from ldm.data.storage import is_url
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import TextEncoder
@@ -29,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv, prog="tools/encode_latents.py", description=(__doc__ or "").splitlines()[0])
     if config.encoding.shards is None:
         raise SystemExit("encoding.shards is not set: name the folder of the raw shards")
+    if not isinstance(config.data.shards, str):
+        raise SystemExit("data.shards names several sources: encode each by itself, --data.shards=FOLDER to write to")
     pairs = [(config.encoding.shards, config.data.shards)]
     if config.encoding.validation is not None:
         if config.data.validation is None:
             raise SystemExit("encoding.validation is set, but data.validation is not: name the folder to write to")
         pairs.append((config.encoding.validation, config.data.validation))
     for raw, out in pairs:
+        if is_url(raw) or is_url(out):
+            raise SystemExit(f"{raw if is_url(raw) else out} is a URL: encoding reads and writes local folders")
         if Path(raw).resolve() == Path(out).resolve():
             raise SystemExit(f"raw and encoded shards have the same folder {raw}: set data.shards to another")
     accelerator = start_accelerator(config.distributed, "no")
@@ -58,8 +63,9 @@ def encode_folder(
     manifest = Manifest.load(raw)
     manifest.check_files()
     stores_text = config.encoding.text_states
+    buckets = config.data.buckets
     identity = encoder_identity(
-        autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stores_text
+        autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stores_text, buckets=buckets
     )
     with accelerator.main_process_first():
         claim_folder(out, identity | {"raw_shards": manifest.digest()})
@@ -80,6 +86,7 @@ def encode_folder(
         resolution=config.data.resolution,
         config=config.encoding,
         device=accelerator.device,
+        buckets=buckets,
     )
     total = sum(manifest.counts[shard] for shard in shards)
     with tqdm(total=total, desc=f"encoding {raw}", unit="picture", disable=rank != 0) as bar:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.config import RunConfig, load_config
 from ldm.data.batch import Batch
-from ldm.train import batch_loss, settle, train_step, training_batches
+from ldm.train import batch_loss, settle, train_step
 from ldm.training.checkpoint import CheckpointError, checkpoint_name, verify_checkpoint
 from ldm.training.distributed import split_global_batch, start_accelerator
 from ldm.training.metrics import Clock, Console
@@ -73,7 +73,7 @@ def replay(folder: Path, step: int, position: int | None, shards: str | None) ->
         run = run_like(config, scratch, shards)
         start = restore(run, checkpoint, say) if checkpoint is not None else 0
         say(f"going on after step {start}, from {checkpoint or 'the initial weights'}")
-        batches = training_batches(run, start)
+        batches = run.data.training_batches(run.share, start, step)
         for number in tqdm(range(start, step - 1), "training again", unit="step", file=Console()):
             train_step(run, number, batches, Clock())
         settle(run)

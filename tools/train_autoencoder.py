@@ -182,6 +182,8 @@ def build(config: AutoencoderRun, accelerator: Accelerator) -> Trained:
     for line in first_lines(accelerator, split):
         say(line)
     assert config.data.validation is not None  # parse_config asks for it
+    if not isinstance(config.data.shards, str):
+        raise ValueError("data.shards: an autoencoder is trained on one folder of raw shards")
     manifest, held_out = Manifest.load(config.data.shards), Manifest.load(config.data.validation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

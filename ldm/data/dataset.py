@@ -1,271 +1,271 @@
 """From positions to a batch: the one place where shards, order and draws meet.
 
-In: a manifest, the run's seed, a config, and the positions of a micro-batch.
+In: the sources' manifests, the run's seed, a config, and the positions of a micro-batch.
 Out: their `Batch`, the same in any process and at any time; what could not be used is recorded in it.
 """
 
-import itertools
+import dataclasses
 import warnings
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ldm.data.batch import Batch
-from ldm.data.draws import Purpose, generator, normal, uniform
+from ldm.data.buckets import BucketMembers, Shape, bucket_counts, bucket_shapes
+from ldm.data.data_config import DataConfig
 from ldm.data.manifest import Manifest
-from ldm.data.members import (
-    FLIPPED,
-    MOMENTS,
-    TEXT,
-    decode_array,
-    decode_caption,
-    decode_floats,
-    decode_json,
-    original_size,
-)
-from ldm.data.order import Order
-from ldm.data.pictures import RAW_EXTENSIONS, decode_picture, normalize
+from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_array
+from ldm.data.mixing import Place, Places, RunOrder
+from ldm.data.pictures import RAW_EXTENSIONS
 from ldm.data.quarantine import Quarantined
-from ldm.data.shards import DamagedSample, ShardReader
+from ldm.data.samples import Contents, Draws, Form, Sample, collate, decode_sample, draw
+from ldm.data.shards import DamagedSample, SampleViews, ShardReader, named_damage
 
 # At a quarantine limit of 1 %, 16 bad ones in a row have a chance of 1e-32: then the shards are at fault.
 RESERVES = 16
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Which shards a run reads, and how."""
-
-    shards: str
-    """Folder of the training shards and their manifest: raw pictures, or moments from tools/encode_latents.py."""
-    validation: str | None = None
-    """Folder of held-out shards of the same kind; without it no validation loss is computed."""
-    resolution: int
-    """Height and width in pixels; raw pictures are resized (shorter side) and cropped to it."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one, drawn anew for each sample in each epoch; needed for guidance."""
-    flip: float = 0.0
-    """Probability of mirroring a picture left to right; captions that say left or right then lie."""
-    crop: Literal["center", "random"] = "center"
-    """Where raw pictures are cropped to a square. Encoded ones were cropped when they were encoded."""
-    workers: int = 2
-    """Processes that read and decode, for each training process; 0 reads in the training process itself."""
-    prefetch: int = 4
-    """Micro-batches that each worker keeps ready."""
-    shards_per_block: int = 16
-    """Shards whose samples are shuffled among each other; more mix better and keep more files in use at a time."""
-    verify: bool = True
-    """Compare the checksum of all that is read."""
-    quarantine_limit: float = 0.01
-    """Share of samples that may be unusable before the run stops; they are listed in quarantine.jsonl."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("resolution", 1), ("workers", 0), ("prefetch", 1), ("shards_per_block", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; allowed are integers from {low}")
-        for name in ("caption_dropout", "flip", "quarantine_limit"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; allowed are 0 to 1")
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"data.crop is {self.crop!r}; allowed are 'center' and 'random'")
-
-
-class Draws(NamedTuple):
-    """The draws of one position that decide which sample comes out; those that fill tensors are drawn in place."""
-
-    place: tuple[float, float]  # of the crop, each in [0, 1)
-    flip: bool
-    caption: float  # [0, 1)
-    dropped: bool
-
-
-class Sample(NamedTuple):
-    """A sample ready to be put into a batch."""
-
-    name: str
-    caption: str
-    sizes: tuple[float, ...]
-    array: np.ndarray  # pixels (R, R, 3) uint8, or moments (2C, h, w)
-    text_states: np.ndarray  # (L, D), empty without
-
-
-NO_STATES = np.empty(0, dtype=np.float16)
-
-
-def _sizes(size: Any, crop: Any, resolution: int) -> tuple[float, ...]:
-    try:
-        (height, width), (top, left) = size, crop
-        return float(height), float(width), float(top), float(left), float(resolution), float(resolution)
-    except (TypeError, ValueError):
-        raise ValueError(f'member .json: "size" is {size}, "crop" is {crop}; expected two numbers each') from None
 
 
 class SampleDataset(Dataset[Batch]):
     """Batches by position: `dataset[p]` is the batch of one position, `dataset.__getitems__(positions)` of several.
 
     All draws are keyed by (seed, purpose, position). A sample that cannot be used is recorded and replaced: attempt
-    a = 0, 1, ... takes the sample at an index drawn from (seed, RESERVE, position, a); the draws stay the position's.
+    a = 0, 1, ... takes the sample at an index drawn from (seed, RESERVE, position, a), of the same bucket; the draws
+    stay the position's.
 
     Args:
-        manifest: of the shards; whether they are raw or encoded is read from their members.
+        manifests: of the sources in `config.shards`, in their order; whether they are raw or encoded is read from their
+            members.
         seed: the run's, 0 .. 2^64 - 1.
-        latent_shape: (C, h, w) of the noises, and of half the moments.
+        latent_shape: (C, h, w) of the noises of a square picture, and of half its moments. With buckets, those of
+            another shape have its h and w in the same proportion.
         shuffle: False takes the samples in the order of the files, as validation does.
+        global_batch: samples of a step; needed with buckets.
+        progress: show a bar where it takes long.
 
     Raises:
-        ValueError: the shards are neither raw nor encoded, or lack what the config asks for.
+        ValueError: the shards are neither raw nor encoded, differ in that, or lack what the config asks for.
         FileNotFoundError: a shard has vanished.
+        StorageError: a shard at a URL cannot be read.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        manifest: Manifest,
+        manifests: Manifest | Sequence[Manifest],
         seed: int,
         *,
         latent_shape: tuple[int, int, int],
         shuffle: bool = True,
+        global_batch: int | None = None,
+        progress: bool = False,
     ) -> None:
         self.config = config
-        self.manifest = manifest
+        self.manifests = [manifests] if isinstance(manifests, Manifest) else list(manifests)
         self.seed = seed
-        self.latent_shape = tuple(latent_shape)
-        self.order = Order(manifest.counts, seed, config.shards_per_block, shuffle)
-        self.reader = ShardReader(manifest, config.verify)
-        self._starts = list(itertools.accumulate(manifest.counts, initial=0))
-        first = next(number for number, count in enumerate(manifest.counts) if count)
-        extensions = set(manifest.index(first).extensions)
-        self.encoded = MOMENTS in extensions
-        self.text_shape = self._first_text_shape(first) if self.encoded and TEXT in extensions else None
-        self._check(extensions)
+        weights = [source.weight for source in config.sources] if shuffle else None
+        factor = config.resolution // latent_shape[1]
+        self.buckets: list[Shape] = [(config.resolution, config.resolution)]
+        counts: list[Sequence[int] | np.ndarray] = [manifest.counts for manifest in self.manifests]
+        members = None
+        if config.buckets is not None:
+            self.buckets = bucket_shapes(config.resolution, config.buckets, factor)
+            counts = [bucket_counts(manifest, self.buckets, progress) for manifest in self.manifests]
+            members = BucketMembers(self.manifests, self.buckets)
+        self.order = RunOrder(
+            counts,
+            seed,
+            weights=weights,
+            shards_per_block=config.shards_per_block,
+            global_batch=global_batch,
+            shuffle=shuffle,
+            members=members,
+        )
+        # The buckets of a source may be a block apart, and a batch may lie across two blocks.
+        open_shards = 4 * max(16, config.shards_per_block)
+        labels = [""] if len(self.manifests) == 1 else [f"{number}:" for number in range(len(self.manifests))]
+        self.readers = [
+            ShardReader(manifest, config.verify, open_shards, label)
+            for manifest, label in zip(self.manifests, labels, strict=True)
+        ]
+        square = self._form(latent_shape)
+        self.forms = [
+            square._replace(pixels=(h, w), latent=(latent_shape[0], h // factor, w // factor)) for h, w in self.buckets
+        ]
+        for reader in self.readers:
+            reader.close()  # forked workers would share what is open
 
     def __len__(self) -> int:
-        """Samples in an epoch; positions go on beyond it."""
+        """Samples of all sources; positions go on beyond."""
         return len(self.order)
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
+        draws = draw(self.config, self.seed, positions, self.forms[0].encoded)
+        contents, quarantined = self.read(positions, draws)
+        return collate(self.seed, positions, draws, contents, quarantined)
+
+    def read(self, positions: Sequence[int], draws: Sequence[Draws]) -> tuple[Contents, list[Quarantined]]:
+        """Stages 2, 3 and 5: the positions' samples, with reserves for what cannot be used, which is recorded.
+
+        Raises:
+            ValueError: positions of several buckets.
+        """
+        self._fetch_ahead(positions[0])
+        places = self.order.locate_many(np.asarray(positions))
+        bucket = int(places.buckets[0])
+        if (places.buckets != bucket).any():
+            raise ValueError(f"positions {positions[0]} to {positions[-1]} are of several buckets: no batch")
+        contents = Contents(len(positions), self.forms[bucket])
         quarantined: list[Quarantined] = []
-        drawn = [self.draw(position) for position in positions]
-        samples = [self._usable(*pair, quarantined) for pair in zip(positions, drawn, strict=True)]
-        noises = np.empty((2, len(positions), *self.latent_shape), dtype=np.float32)
-        for row, position in enumerate(positions):
-            normal(self.seed, Purpose.POSTERIOR, position, shape=self.latent_shape, out=noises[0, row])
-            normal(self.seed, Purpose.NOISE, position, shape=self.latent_shape, out=noises[1, row])
-        posterior_noise, noise = torch.from_numpy(noises)  # one storage, sent once
-        images = moments = text_states = None
-        if self.encoded:
-            moments = torch.from_numpy(np.stack([sample.array for sample in samples], dtype=np.float32))
-        else:
-            images = normalize(np.stack([sample.array for sample in samples]))
-        if self.text_shape is not None:
-            text_states = torch.from_numpy(np.stack([sample.text_states for sample in samples]))
-        return Batch(
-            positions=torch.tensor(positions, dtype=torch.int64),
-            keys=[sample.name for sample in samples],
-            captions=[sample.caption for sample in samples],
-            dropped=torch.tensor([draws.dropped for draws in drawn]),
-            images=images,
-            moments=moments,
-            text_states=text_states,
-            sizes=torch.tensor([sample.sizes for sample in samples], dtype=torch.float32),
-            u=torch.tensor([uniform(self.seed, Purpose.TIMESTEP, one) for one in positions], dtype=torch.float64),
-            posterior_noise=posterior_noise,
-            noise=noise,
-            quarantined=quarantined,
-        )
+        for row, damaged in sorted(self._decode(contents, places, draws).items()):
+            contents.put(row, self._reserve(positions[row], bucket, draws[row], damaged, quarantined))
+        return contents, quarantined
 
-    def draw(self, position: int) -> Draws:
-        """Stage 4: the position's draws; one that the config does not ask for is not computed."""
-        config, seed = self.config, self.seed
-        place = (0.5, 0.5)
-        if config.crop == "random" and not self.encoded:
-            place = tuple(generator(seed, Purpose.CROP, position).random(2).tolist())
-        return Draws(
-            place=place,
-            flip=config.flip > 0 and uniform(seed, Purpose.FLIP, position) < config.flip,
-            caption=uniform(seed, Purpose.CAPTION, position),
-            dropped=uniform(seed, Purpose.DROPOUT, position) < config.caption_dropout,
-        )
+    def _fetch_ahead(self, position: int) -> None:
+        """Has shards at URLs downloaded that are read from `position` on."""
+        cache = next((manifest.cache for manifest in self.manifests if manifest.remote), None)
+        if cache is not None and self.config.cache.ahead:
+            in_use = self.config.shards_per_block * len(self.manifests)
+            coming = self.order.upcoming(position, in_use + self.config.cache.ahead)
+            cache.prefetch((self.manifests[source], shard) for source, shard in coming)
 
-    def _usable(self, position: int, draws: Draws, quarantined: list[Quarantined]) -> Sample:
-        """Stages 2, 3 and 5, with reserves for what cannot be used."""
-        damaged: list[DamagedSample] = []
-        _, shard, sample = self.order.locate(position)
-        for attempt in range(RESERVES + 1):
+    def _decode(self, contents: Contents, places: Places, draws: Sequence[Draws]) -> dict[int, DamagedSample]:
+        """Reads samples into `contents`; what cannot be used, by row."""
+        views = SampleViews(len(draws))
+        for source, reader in enumerate(self.readers):
+            rows = np.flatnonzero(places.sources == source)
+            reader.read(views, rows, places.shards[rows], places.samples[rows])
+        if not contents.form.encoded:
+            views.copy()  # pictures take milliseconds to decode
+        taken: list[bool] = []
+        for part in contents.parts():
+            if self.config.verify:
+                views.verify(part)
+            self._heal(views, part, places)
+            taken += contents.decode_arrays(part, views.members, draws)
+        for row, error in contents.decode(views.names, views.members, draws, taken).items():
+            views.refuse(row, str(error))
+        return views.damaged
+
+    def _heal(self, views: SampleViews, rows: range, places: Places) -> None:
+        """Reads damaged samples of shards at URLs once more, by themselves."""
+        for row in [row for row in rows if row in views.damaged]:
+            reader = self.readers[places.sources[row]]
+            if reader.manifest.remote:
+                try:
+                    views.members[row] = reader.members(int(places.shards[row]), int(places.samples[row]))
+                except DamagedSample as damaged:
+                    views.damaged[row] = damaged
+                else:
+                    del views.damaged[row]
+
+    def _reserve(
+        self, position: int, bucket: int, draws: Draws, damaged: DamagedSample, quarantined: list[Quarantined]
+    ) -> Sample:
+        """The first reserve of the position that can be used; it and what could not be used are recorded."""
+        reasons = [damaged]
+        for attempt in range(RESERVES):
+            place = self.order.reserve(position, attempt, bucket)
             try:
-                usable = self._read(shard, sample, draws)
+                sample = self._sample(place, draws)
             except DamagedSample as error:
-                damaged.append(error)
-                rank = int(uniform(self.seed, Purpose.RESERVE, position, attempt) * len(self.order))
-                shard = bisect_right(self._starts, rank) - 1
-                sample = rank - self._starts[shard]
+                reasons.append(error)
             else:
-                quarantined += [one.record(position, usable.name) for one in damaged]
-                return usable
+                quarantined += [one.record(position, sample.name) for one in reasons]
+                return sample
         raise RuntimeError(
             f"position {position}: the sample and {RESERVES} reserves cannot be used; the first reasons:\n"
-            + "\n".join(f"  {one}" for one in damaged[:5])
+            + "\n".join(f"  {one}" for one in reasons[:5])
         )
 
-    def _read(self, shard: int, sample: int, draws: Draws) -> Sample:
-        members = self.reader.members(shard, sample)
-        name = f"{self.manifest.shards[shard].name}/{self.manifest.index(shard).key(sample)}"
+    def _sample(self, place: Place, draws: Draws) -> Sample:
+        reader = self.readers[place.source]
+        members = reader.members(place.shard, place.sample)
+        name = reader.name(place.shard, place.sample)
         try:
-            caption = decode_caption(members, draws.caption)
-            if self.encoded:
-                return self._decode_encoded(name, caption, members, draws)
-            return self._decode_raw(name, caption, members, draws)
+            return decode_sample(name, members, draws, self.forms[place.bucket])
         except ValueError as error:
-            raise self.reader.damaged(shard, sample, str(error)) from error
+            raise named_damage(name, str(error)) from error
 
-    def _decode_raw(self, name: str, caption: str, members: dict[str, bytes], draws: Draws) -> Sample:
-        resolution = self.config.resolution
-        picture = decode_picture(members, resolution, draws.place)
-        about = decode_json(members)
-        pixels = picture.pixels[:, ::-1] if draws.flip else picture.pixels
-        size = original_size(about, picture.size)
-        return Sample(name, caption, _sizes(size, picture.crop, resolution), pixels, NO_STATES)
+    def _form(self, latent_shape: tuple[int, int, int]) -> Form:
+        """What the samples of all sources are, as squares.
 
-    def _decode_encoded(self, name: str, caption: str, members: dict[str, bytes], draws: Draws) -> Sample:
-        """Its .json has "size" [height, width] of the original and "crop" [top, left]: see tools/encode_latents.py."""
-        resolution = self.config.resolution
-        channels, height, width = self.latent_shape
-        moments = decode_floats(members, FLIPPED if draws.flip else MOMENTS, (2 * channels, height, width))
-        states = NO_STATES if self.text_shape is None else decode_floats(members, TEXT, self.text_shape)
-        about = decode_json(members)
-        sizes = _sizes(about.get("size", (resolution, resolution)), about.get("crop", (0, 0)), resolution)
-        return Sample(name, caption, sizes, moments, states)
+        Raises:
+            ValueError: they differ in it, or in what the config asks for.
+        """
+        forms = []
+        for reader in self.readers:
+            first = next(number for number, count in enumerate(reader.manifest.counts) if count)
+            extensions = set(reader.manifest.index(first).extensions)
+            self._check(reader.manifest, extensions)
+            form = Form(MOMENTS in extensions, self.buckets[0], latent_shape)
+            if form.encoded and TEXT in extensions:
+                states = first_text_states(reader)
+                form = form._replace(text=states.shape, text_dtype=torch.from_numpy(np.array(states)).dtype)
+            forms.append(form)
+        for number, form in enumerate(forms):
+            if form != forms[0]:
+                one, other = self.manifests[0].folder, self.manifests[number].folder
+                raise ValueError(
+                    f"data.shards: {one} has {_kind(forms[0])}, {other} has {_kind(form)}: the sources of a run are "
+                    "all raw, or all encoded in the same way"
+                )
+        return forms[0]
 
-    def _first_text_shape(self, shard: int) -> tuple[int, ...]:
-        """Shape of the text states, which all samples share: that of the first sample that can be read."""
-        for sample in range(self.manifest.counts[shard]):
-            try:
-                return decode_array(self.reader.members(shard, sample)[TEXT], TEXT).shape
-            except (DamagedSample, KeyError, ValueError):
-                continue  # recorded when its position comes
-        raise ValueError(f"{self.manifest.path(shard)}: none of its members .{TEXT} is readable")
-
-    def _check(self, extensions: set[str]) -> None:
-        where = f"{self.manifest.folder}: the first shard has members {', '.join(sorted(extensions))}"
-        if not self.encoded and not extensions & set(RAW_EXTENSIONS):
+    def _check(self, manifest: Manifest, extensions: set[str]) -> None:
+        encoded = MOMENTS in extensions
+        where = f"{manifest.folder}: the first shard has members {', '.join(sorted(extensions))}"
+        if not encoded and not extensions & set(RAW_EXTENSIONS):
             raise ValueError(f"{where}; expected pictures ({', '.join(RAW_EXTENSIONS)}) or .{MOMENTS}")
-        if self.encoded and self.config.flip > 0 and FLIPPED not in extensions:
+        if encoded and self.config.flip > 0 and FLIPPED not in extensions:
             raise ValueError(
                 f"data.flip is {self.config.flip}, but {where} and no .{FLIPPED}: encode them with encoding.flipped "
                 "set, or set data.flip to 0"
             )
-        if self.encoded and self.config.crop == "random":
+        if encoded and self.config.crop == "random":
             raise ValueError(f"data.crop is 'random', but {where}: encoded pictures are cropped already; use 'center'")
-        if self.encoded and self.manifest.encoder is None:
+        if encoded and manifest.encoder is None:
             warnings.warn(
                 f"{where}, but its manifest does not say what encoded them: nobody can tell whether they fit this run",
-                stacklevel=4,
+                stacklevel=5,
             )
+
+
+def first_text_states(reader: ShardReader) -> np.ndarray:
+    """The text states of the first sample that can be read: all samples share their shape and type.
+
+    Raises:
+        ValueError: none can.
+    """
+    for shard, count in enumerate(reader.manifest.counts):
+        for sample in range(count):
+            try:
+                states = decode_array(reader.members(shard, sample)[TEXT], TEXT)
+            except (DamagedSample, KeyError, ValueError):
+                continue  # recorded when its position comes
+            if states.dtype in (np.float16, np.float32):
+                return states
+    raise ValueError(f"{reader.manifest.folder}: none of the members .{TEXT} is readable")
+
+
+def _kind(form: Form) -> str:
+    if not form.encoded:
+        return "pictures"
+    return (
+        "moments without text states" if form.text is None else f"moments and {form.text_dtype} text states {form.text}"
+    )
+
+
+def damage_of_indexing(manifests: Sequence[Manifest]) -> list[Quarantined]:
+    """What indexing could not use, as lines of the run's ledger; shards are named as in training."""
+    if len(manifests) == 1:
+        return manifests[0].damaged()
+    return [
+        dataclasses.replace(one, shard=f"{number}:{one.shard}")
+        for number, manifest in enumerate(manifests)
+        for one in manifest.damaged()
+    ]

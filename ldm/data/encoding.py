@@ -3,8 +3,9 @@
 Enters: raw shards with a manifest, an autoencoder, a text encoder. Leaves: one encoded shard for each raw one, under
 its name only when it is complete, and a manifest that says by what it was encoded, so that training can refuse others.
 
-Stages: 1. the shards of this process that are not there yet -> 2. pictures decoded by workers, batches within one shard
--> 3. moments (and those of the mirrored picture) and text states on the device -> 4. one tar, written as they come.
+Stages: 1. the shards of this process that are not there yet -> 2. pictures decoded by workers, batches of one shape
+within one shard -> 3. moments (and those of the mirrored picture) and text states on the device -> 4. one tar, in the
+order of the raw one.
 """
 
 import json
@@ -21,6 +22,7 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.buckets import BucketConfig, Shape, assign, bucket_shapes
 from ldm.data.loader import start_worker
 from ldm.data.manifest import Manifest, write_whole
 from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json, original_size
@@ -66,8 +68,14 @@ def encoder_identity(
     config: EncodingConfig,
     *,
     text_states: bool,
+    buckets: BucketConfig | None = None,
 ) -> dict[str, Any]:
-    """What encoded samples depend on besides the raw ones: written into the manifest, compared by training."""
+    """What encoded samples depend on besides the raw ones: written into the manifest, compared by training.
+
+    Raises:
+        ValueError: data.buckets.step fits neither the resolution nor the autoencoder.
+    """
+    shapes = None if buckets is None else bucket_shapes(resolution, buckets, autoencoder.downsample_factor)
     return {
         "autoencoder": {
             "weights": weights_hash(autoencoder.state_dict().items()),
@@ -78,6 +86,7 @@ def encoder_identity(
         "latent_channels": autoencoder.config.latent_channels,
         "downsample_factor": autoencoder.downsample_factor,
         "crop": "center",
+        "buckets": None if shapes is None else [list(shape) for shape in shapes],
         "flipped": config.flipped,
         "dtype": config.dtype,
         "text_encoder": text_encoder.identity() if text_states else None,
@@ -114,24 +123,53 @@ class Decoded(NamedTuple):
     """The raw sample's own .json."""
 
 
-class RawSamples(Dataset[Decoded | Quarantined]):
-    """Raw samples by (shard, sample): center crop, no draws. One that cannot be used is a ledger line instead."""
+class Wanted(NamedTuple):
+    """A raw sample by its place, and the height and width at which it is encoded."""
 
-    def __init__(self, manifest: Manifest, resolution: int) -> None:
+    shard: int
+    sample: int
+    shape: Shape
+
+
+class RawSamples(Dataset[Decoded | Quarantined]):
+    """Raw samples by place: center crop, no draws. One that cannot be used is a ledger line instead."""
+
+    def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.resolution = resolution
         self.reader = ShardReader(manifest)
 
-    def __getitem__(self, place: tuple[int, int]) -> Decoded | Quarantined:
-        key = self.manifest.index(place[0]).key(place[1])
+    def __getitem__(self, wanted: Wanted) -> Decoded | Quarantined:
+        shard, sample, shape = wanted
+        key = self.manifest.index(shard).key(sample)
         try:
-            members = self.reader.members(*place)
-            return Decoded(key, decode_caption(members), decode_picture(members, self.resolution), decode_json(members))
+            members = self.reader.members(shard, sample)
+            return Decoded(key, decode_caption(members), decode_picture(members, shape), decode_json(members))
         except DamagedSample as damage:
             reason = damage.reason
         except ValueError as error:
             reason = str(error)
-        return Quarantined(self.manifest.shards[place[0]].name, key, reason, -1, "")
+        return Quarantined(self.manifest.shards[shard].name, key, reason, -1, "")
+
+
+class Batches:
+    """The batch sampler: samples of one shape, shard after shard; the same at each iteration."""
+
+    def __init__(self, manifest: Manifest, shards: Sequence[int], buckets: Sequence[Shape], batch_size: int) -> None:
+        self.manifest = manifest
+        self.shards = shards
+        self.buckets = buckets
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Wanted]]:
+        for shard in self.shards:
+            numbers = np.zeros(self.manifest.counts[shard], dtype=np.int64)
+            if len(self.buckets) > 1:
+                numbers = assign(self.manifest.index(shard).shapes, self.buckets)
+            for number in np.unique(numbers).tolist():
+                samples = np.flatnonzero(numbers == number).tolist()
+                for first in range(0, len(samples), self.batch_size):
+                    some = samples[first : first + self.batch_size]
+                    yield [Wanted(shard, sample, self.buckets[number]) for sample in some]
 
 
 def pending_shards(manifest: Manifest, out: Path, rank: int, world: int) -> list[int]:
@@ -151,11 +189,11 @@ def claim_folder(out: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         write_whole(path, (json.dumps(identity, indent=1) + "\n").encode())
     found = json.loads(path.read_text("utf-8"))
-    if found != identity:
-        changed = [name for name in identity if found.get(name) != identity[name]]
+    changed = [name for name in sorted(found.keys() | identity.keys()) if found.get(name) != identity.get(name)]
+    if changed:
         raise ValueError(
             f"{out} was begun with another encoding; remove it or choose another folder:\n  "
-            + "\n  ".join(f"{name} was {found.get(name)}, now {identity[name]}" for name in changed)
+            + "\n  ".join(f"{name} was {found.get(name)}, now {identity.get(name)}" for name in changed)
         )
 
 
@@ -171,36 +209,44 @@ def encode_shards(
     resolution: int,
     config: EncodingConfig,
     device: torch.device,
+    buckets: BucketConfig | None = None,
 ) -> Iterator[int]:
     """Encodes the shards one after the other into `out`; yields the number of samples done after each batch.
 
     Pictures are decoded by the workers while the device encodes. Samples that cannot be used are lines of the ledger
-    and missing from the encoded shard. A shard's encoded samples are held in memory until it is written.
+    and missing from the encoded shard. A shard's encoded samples are held in memory until it is written, in the order
+    of the raw shard.
+
+    Args:
+        resolution: of the square, to which pictures are cropped without buckets.
+        buckets: each picture is encoded at the height and width of its own, by its shape in the shard's index.
     """
-    places = [
-        [(shard, sample) for sample in range(first, min(first + config.batch_size, manifest.counts[shard]))]
-        for shard in shards
-        for first in range(0, manifest.counts[shard], config.batch_size)
-    ]
+    shapes = [(resolution, resolution)]
+    if buckets is not None:
+        shapes = bucket_shapes(resolution, buckets, autoencoder.downsample_factor)
+    batches = Batches(manifest, shards, shapes, config.batch_size)
     loader = DataLoader(
-        RawSamples(manifest, resolution),
-        batch_sampler=places,
+        RawSamples(manifest),
+        batch_sampler=batches,
         collate_fn=list,
         num_workers=config.workers,
         worker_init_fn=start_worker,
         prefetch_factor=2 if config.workers else None,
     )
     encode = partial(encode_batch, autoencoder=autoencoder, text_encoder=text_encoder, config=config, device=device)
-    batches = zip(places, loader, strict=True)
-    for shard, group in groupby(batches, key=lambda pair: pair[0][0][0]):
-        samples: list[dict[str, Any]] = []
+    for shard, group in groupby(zip(batches, loader, strict=True), key=lambda pair: pair[0][0].shard):
+        samples: dict[int, dict[str, Any]] = {}
         for wanted, decoded in group:
             ledger.append([one for one in decoded if isinstance(one, Quarantined)], seen=len(wanted))
             ledger.check()
-            usable = [one for one in decoded if isinstance(one, Decoded)]
-            samples += encode(usable) if usable else []
+            usable = [(one.sample, raw) for one, raw in zip(wanted, decoded, strict=True) if isinstance(raw, Decoded)]
+            encoded = encode([raw for _, raw in usable]) if usable else []
+            for (sample, _), done in zip(usable, encoded, strict=True):
+                if buckets is not None:
+                    done["json"]["target"] = wanted[0].shape
+                samples[sample] = done
             yield len(wanted)
-        write_shard(out / manifest.shards[shard].name, samples)
+        write_shard(out / manifest.shards[shard].name, [samples[sample] for sample in sorted(samples)])
 
 
 def encode_batch(

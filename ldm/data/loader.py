@@ -1,13 +1,13 @@
-"""From shards to batches, so that a batch is a function of (manifest, seed, positions) and of nothing else.
+"""From shards to batches, so that a batch is a function of (manifests, seed, positions) and of nothing else.
 
-In: a manifest, a seed, and the positions of a step. Out: a `Batch` for each micro-batch, in order, with its draws.
+In: manifests, a seed, and the positions of a step. Out: a `Batch` for each micro-batch, in order, with its draws.
 
     1. step, rank         -> positions           rank_positions: the same global batch for any number of processes
-    2. position           -> location            order.Order: block shuffle, each sample once an epoch
-    3. location           -> members             shards.ShardReader: by offset, checksums compared
-    4. position           -> draws               draws.uniform, .normal: crop, flip, caption, dropout, timestep, noises
-    5. members and draws  -> sample              pictures, members; a bad one gives way to a drawn reserve
-    6. samples            -> Batch               dataset.SampleDataset, in the worker: one object with whole tensors
+    2. positions          -> places              mixing.RunOrder: sources, buckets, block shuffle; once an epoch each
+    3. places             -> members             shards.ShardReader: by offset, checksums compared
+    4. positions          -> draws               samples.draw: crop, flip, caption, dropout, timestep
+    5. members and draws  -> contents            samples.Contents; a bad one gives way to a drawn reserve
+    6. contents           -> Batch               samples.collate: with the noises, in the worker, whole tensors
 """
 
 import os
@@ -17,13 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.batch import Batch
-from ldm.data.dataset import DataConfig, SampleDataset
+from ldm.data.buckets import warn_of_small_buckets
+from ldm.data.data_config import DataConfig
+from ldm.data.dataset import SampleDataset
 from ldm.data.draws import Purpose, generator
 from ldm.data.manifest import Manifest
+
+PARENT_SECONDS = 2.0  # between looks of a worker whether its training process is still there
 
 
 def rank_positions(step: int, rank: int, world: int, micro_batch: int, accumulation: int) -> list[range]:
@@ -59,7 +64,8 @@ def start_worker(_: int = 0) -> None:
     """Sets up a loader's worker process: one torch thread, and the signals that are the main process's to handle.
 
     Ctrl-C, and Slurm's and torchrun's SIGTERM and SIGUSR1, go to the whole group; the main process then ends its step
-    and writes a checkpoint, for which it needs its workers. Only a SIGTERM out of the main process ends a worker.
+    and writes a checkpoint, for which it needs its workers. Only a SIGTERM out of the main process ends a worker, or
+    that process's own death: killed, it leaves its workers' last batches in pipes that nobody will read.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,8 +75,11 @@ def start_worker(_: int = 0) -> None:
 
 
 def _wait_for_end() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    parent = os.getppid()
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, PARENT_SECONDS)
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)
 
 
@@ -97,7 +106,7 @@ def _loader(dataset: SampleDataset, plan: _Plan, context: str | None) -> DataLoa
 
 def make_loader(
     config: DataConfig,
-    manifest: Manifest,
+    manifests: Manifest | Sequence[Manifest],
     seed: int,
     *,
     latent_shape: tuple[int, int, int],
@@ -111,17 +120,28 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Micro-batches of one process from `start_step` up to but without `stop_step`, `accumulation` of them a step.
 
+    With buckets all micro-batches of a step, on all processes, are of one bucket.
+
     Args:
-        latent_shape: (C, h, w).
+        manifests: of the sources in `config.shards`, in their order.
+        latent_shape: (C, h, w) of a square picture.
         context: how workers start, "fork", "spawn" or "forkserver"; None is the platform's way.
 
     Raises:
         ValueError: the shards do not fit the config.
         FileNotFoundError: a shard has vanished. One whose size has changed is warned of (on rank 0).
+        StorageError: a shard at a URL cannot be read.
     """
+    several = [manifests] if isinstance(manifests, Manifest) else manifests
     if rank == 0:
-        manifest.check_files()
-    dataset = SampleDataset(config, manifest, seed, latent_shape=latent_shape)
+        for manifest in several:
+            manifest.check_files()
+    global_batch = world * micro_batch * accumulation
+    dataset = SampleDataset(
+        config, several, seed, latent_shape=latent_shape, global_batch=global_batch, progress=rank == 0
+    )
+    if rank == 0 and len(dataset.buckets) > 1:
+        warn_of_small_buckets(dataset.buckets, dataset.order.counts, global_batch)
 
     def positions(number: int) -> range:
         step, part = divmod(number, accumulation)
@@ -146,15 +166,17 @@ def make_validation_loader(
 
     In file order, without dropout, flip or random crop; the draws come from a seed of their own and depend on the
     sample's number alone. Each sample stands in one batch of one process, and all processes get the same number of
-    batches, so that sharded engines stay in step; a batch may hold one sample more or fewer than another.
+    batches, so that sharded engines stay in step; a batch may hold one sample more or fewer than another. With buckets
+    each batch is of one bucket, the samples of a bucket in file order.
 
     Args:
         manifest: of the held-out shards.
         micro_batch: about how many samples a batch holds, at most one more.
 
     Raises:
-        ValueError: fewer samples than processes, or shards that do not fit the config.
+        ValueError: too few samples for the processes, or shards that do not fit the config.
         FileNotFoundError: a shard has vanished.
+        StorageError: a shard at a URL cannot be read.
     """
     if rank == 0:
         manifest.check_files()
@@ -162,13 +184,41 @@ def make_validation_loader(
     own_seed = int(generator(seed, Purpose.VALIDATION).bit_generator.random_raw())
     dataset = SampleDataset(config, manifest, own_seed, latent_shape=latent_shape, shuffle=False)
     total = min(len(dataset), len(dataset) if samples is None else samples)
-    if total < world:
-        raise ValueError(f"{manifest.folder} gives {total} validation samples to {world} processes: each needs one")
-    batches = min(-(-total // (world * micro_batch)), total // world)
-    first, last = total * rank // world, total * (rank + 1) // world
+    groups: list[Sequence[int]] = [range(total)]
+    if len(dataset.buckets) > 1:
+        buckets = dataset.order.locate_many(np.arange(total)).buckets
+        groups = [np.flatnonzero(buckets == bucket).tolist() for bucket in np.unique(buckets)]
+    batches = validation_batches(groups, world, micro_batch)
+    if not batches:
+        raise ValueError(
+            f"{manifest.folder} gives {total} validation samples to {world} processes: each needs one in as many "
+            f"batches as the others{f', and they are of {len(groups)} buckets' if len(groups) > 1 else ''}"
+        )
+    own = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
+    return _loader(dataset, _Plan(len(own), own.__getitem__), context)
 
-    def positions(number: int) -> range:
-        count = last - first
-        return range(first + count * number // batches, first + count * (number + 1) // batches)
 
-    return _loader(dataset, _Plan(batches, positions), context)
+def validation_batches(groups: Sequence[Sequence[int]], world: int, micro_batch: int) -> list[Sequence[int]]:
+    """Cuts groups of positions into batches, as many for each of `world` processes; none where there are too few.
+
+    Each batch lies in one group and holds at most `micro_batch` positions, or one more where they are few; the batches
+    of a group differ by one at most.
+    """
+    cuts = [-(-len(group) // micro_batch) for group in groups]
+    wanted = -(-sum(cuts) // world) * world
+    if wanted > sum(map(len, groups)):
+        wanted -= world
+    if wanted < len(groups):
+        return []
+    while sum(cuts) != wanted:
+        more = sum(cuts) < wanted
+        free = [
+            number for number, group in enumerate(groups) if (cuts[number] < len(group) if more else cuts[number] > 1)
+        ]
+        sizes = {number: len(groups[number]) / cuts[number] for number in free}
+        cuts[max(sizes, key=sizes.__getitem__) if more else min(sizes, key=sizes.__getitem__)] += 1 if more else -1
+    return [
+        group[len(group) * number // cut : len(group) * (number + 1) // cut]
+        for group, cut in zip(groups, cuts, strict=True)
+        for number in range(cut)
+    ]

@@ -1,6 +1,6 @@
-"""Pictures: from a file's bytes to RGB pixels of the training resolution.
+"""Pictures: from a file's bytes to RGB pixels of the height and width that are trained on.
 
-In: the bytes of a PNG, JPEG or WebP; a resolution; where to crop.
+In: the bytes of a PNG, JPEG or WebP; a height and width; where to crop.
 Out: RGB on white, upright, resized and cropped, as uint8 pixels or as float32 in [-1, 1].
 """
 
@@ -20,14 +20,14 @@ RAW_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 class Picture(NamedTuple):
-    """A square of a picture, ready for the network but for its range."""
+    """The part of a picture that is trained on, ready for the network but for its range."""
 
     pixels: np.ndarray
-    """(resolution, resolution, 3) uint8"""
+    """(height, width, 3) uint8"""
     size: tuple[int, int]
     """Height and width of the original, upright."""
     crop: tuple[int, int]
-    """Top and left of the square in the resized picture."""
+    """Top and left of the part in the resized picture."""
 
 
 def open_picture(data: bytes) -> tuple[Image.Image, str]:
@@ -59,19 +59,27 @@ def _rgb_on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def resize(picture: Image.Image, resolution: int) -> Image.Image:
-    """The picture with a shorter side of `resolution`, antialiased (Lanczos); a smaller one is enlarged."""
+def resize(picture: Image.Image, shape: int | tuple[int, int]) -> Image.Image:
+    """The picture at the smallest size that covers height x width, antialiased (Lanczos); a smaller one is enlarged.
+
+    Args:
+        shape: height and width, or one number for both: that of the shorter side.
+    """
     width, height = picture.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    least_height, least_width = (shape, shape) if isinstance(shape, int) else shape
+    scale = max(least_height / height, least_width / width)
+    size = (max(least_width, round(width * scale)), max(least_height, round(height * scale)))
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def decode_picture(members: Mapping[str, bytes], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> Picture:
-    """A raw sample's picture, its shorter side brought to `resolution`, cropped to a square.
+def decode_picture(
+    members: Mapping[str, bytes], shape: int | tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
+) -> Picture:
+    """A raw sample's picture, resized to cover `shape` and cropped to it.
 
     Args:
         members: of the sample, by extension.
+        shape: height and width, or the side of a square.
         place: where to crop, vertically and horizontally: 0 at the top or left, 0.5 in the middle, below 1.
 
     Raises:
@@ -81,10 +89,10 @@ def decode_picture(members: Mapping[str, bytes], resolution: int, place: tuple[f
     if extension is None:
         raise ValueError(f"no picture: the members are {sorted(members)}, expected one of {', '.join(RAW_EXTENSIONS)}")
     original, _ = open_picture(members[extension])
-    picture = resize(original, resolution)
-    width, height = picture.size
-    top, left = int(place[0] * (height - resolution + 1)), int(place[1] * (width - resolution + 1))
-    pixels = np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+    height, width = (shape, shape) if isinstance(shape, int) else shape
+    picture = resize(original, (height, width))
+    top, left = int(place[0] * (picture.height - height + 1)), int(place[1] * (picture.width - width + 1))
+    pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
     return Picture(pixels, (original.height, original.width), (top, left))
 
 

@@ -68,11 +68,11 @@ class Ledger:
         Without samples seen (damage that indexing found) nothing is counted.
         """
         lines = self._count(records, seen)
+        if self._whole is not None:
+            os.truncate(self.path, self._whole)
+            self._whole = None
         if lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._whole is not None:
-                os.truncate(self.path, self._whole)
-                self._whole = None
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
                 file.flush()
@@ -132,12 +132,21 @@ class Ledger:
         self.check()
 
     def state(self) -> dict[str, int]:
-        """The counts, for a checkpoint."""
-        return {"seen": self.seen, "replaced": self.replaced}
+        """The counts and the length of the file in bytes, for a checkpoint; after `share` or `append`."""
+        length = self.path.stat().st_size if self.path.exists() else 0
+        return {"seen": self.seen, "replaced": self.replaced, "bytes": length}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Takes the counts of a checkpoint."""
+        """Takes the counts of a checkpoint; lines that were written after it are of work that is done again, and go."""
         self.seen, self.replaced = state["seen"], state["replaced"]
+        stored = self.path.read_bytes() if self.path.exists() else b""
+        length = state.get("bytes", len(stored))
+        kept = stored[:length]
+        # A file that is no continuation of the checkpoint's is another folder's, and is left as it is.
+        if len(kept) == length < len(stored) and (not kept or kept.endswith(b"\n")):
+            self._lines.clear()
+            self._whole = len(kept)
+            self._read(kept)
 
     def _reload(self) -> None:
         if not self.path.exists():
@@ -146,7 +155,10 @@ class Ledger:
         whole = stored[: stored.rfind(b"\n") + 1]
         if len(whole) < len(stored):
             warnings.warn(f"{self.path}: the last line is cut short (the run was killed), left out", stacklevel=3)
-            self._whole = len(whole)  # cut at the next line written: only the main process may change the file
+            self._whole = len(whole)  # cut at the next `append`: only the main process may change the file
+        self._read(whole)
+
+    def _read(self, whole: bytes) -> None:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)

@@ -1,24 +1,20 @@
-"""Index of one shard: which bytes of the tar are which member of which sample, and their checksums.
+"""Index of one shard: which bytes of the tar are which member of which sample, their checksums, the pictures' sizes.
 
-In: a WebDataset tar, read once from end to end, whoever wrote it.
-Out: a `ShardIndex`, kept beside the tar as a small safetensors file; what could not be used is recorded as damage.
+In: the bytes of an index file, a small safetensors file that indexing.py makes in one pass over the tar.
+Out: a `ShardIndex`, 90 bytes in memory for a sample of three members; what indexing could not use is in its damage.
 """
 
 import json
-import os
 import re
-import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import xxhash
 from safetensors.numpy import load, save
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_SUFFIX = ".index.safetensors"
-META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes; its reader skips them too
+BLOCK = 512  # a tar is made of such: each member's data begins at a multiple
 
 
 class ManifestError(ValueError):
@@ -47,17 +43,21 @@ class ShardIndex:
     offsets: np.ndarray
     """(members,) int64, of the data in the tar, in bytes"""
     sizes: np.ndarray
-    """(members,) int64, in bytes"""
+    """(members,) uint32, or int64 where a member has 4 GiB, in bytes"""
     checksums: np.ndarray
     """(members,) uint64, xxh3-64 of the data"""
     extension_ids: np.ndarray
-    """(members,) uint16, into `extensions`"""
+    """(members,) uint8 or uint16, into `extensions`"""
+    shapes: np.ndarray
+    """(samples, 2) int32, height and width of the raw picture in pixels, upright, or of the moments; 0, 0 if unknown"""
     key_bytes: np.ndarray
     """(total,) uint8, all keys in UTF-8 without separator"""
     key_starts: np.ndarray
-    """(samples + 1,) int64, into `key_bytes`"""
+    """(samples + 1,) uint32, into `key_bytes`"""
     tar_bytes: int = 0
     """Size of the tar that was indexed."""
+    xxh3: str = ""
+    """xxh3-64 of the whole tar, hexadecimal."""
     damage: tuple[Damage, ...] = ()
 
     def __len__(self) -> int:
@@ -69,13 +69,16 @@ class ShardIndex:
         return stored.tobytes().decode("utf-8", "surrogateescape")
 
     def to_bytes(self) -> bytes:
-        """The index file: a safetensors file whose metadata hold extensions, damage and the tar's size."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        """The index file: a safetensors file whose metadata hold extensions, damage, the tar's size and checksum."""
+        arrays = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        arrays["starts"] = compact(self.starts)
+        arrays["blocks"] = compact(self.offsets // BLOCK)
         about = {
             "version": INDEX_VERSION,
             "extensions": self.extensions,
             "damage": [asdict(damage) for damage in self.damage],
             "tar_bytes": self.tar_bytes,
+            "xxh3": self.xxh3,
         }
         return save(arrays, {"shard_index": json.dumps(about)})  # one entry: safetensors writes several in random order
 
@@ -87,16 +90,19 @@ class ShardIndex:
             ManifestError: not an index of this version.
         """
         try:
-            arrays = load(stored)
             header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
             about = json.loads(header["__metadata__"]["shard_index"])
             if about["version"] != INDEX_VERSION:
                 raise ValueError(f"its version is {about['version']!r}")
+            arrays = load(stored)
             return ShardIndex(
                 extensions=tuple(about["extensions"]),
                 damage=tuple(Damage(**damage) for damage in about["damage"]),
                 tar_bytes=about["tar_bytes"],
-                **{name: arrays[name] for name in _ARRAYS},
+                xxh3=about["xxh3"],
+                starts=arrays["starts"].astype(np.int64),
+                offsets=arrays["blocks"].astype(np.int64) * BLOCK,
+                **{name: arrays[name] for name in _AS_THEY_ARE},
             )
         except Exception as error:
             raise ManifestError(
@@ -105,7 +111,12 @@ class ShardIndex:
             ) from error
 
 
-_ARRAYS = ("starts", "offsets", "sizes", "checksums", "extension_ids", "key_bytes", "key_starts")
+_AS_THEY_ARE = ("sizes", "checksums", "extension_ids", "shapes", "key_bytes", "key_starts")
+
+
+def compact(numbers: np.ndarray) -> np.ndarray:
+    """Numbers from 0 as uint32 where they fit, else as int64."""
+    return numbers.astype(np.uint32 if numbers.size == 0 or numbers.max() < 2**32 else np.int64)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -129,111 +140,3 @@ def leaves_folder(name: str) -> bool:
 def index_path(tar: Path) -> Path:
     """The index file of a shard: shard-000000.tar -> shard-000000.index.safetensors."""
     return tar.with_name(tar.name.removesuffix(".tar") + INDEX_SUFFIX)
-
-
-class _Members:
-    """The growing lists behind a ShardIndex."""
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.starts: list[int] = []
-        self.rows: list[tuple[int, int, int, int]] = []  # offset, size, checksum, extension
-        self.extensions: dict[str, int] = {}
-        self.damage: list[Damage] = []
-
-    def add(self, key: str, extension: str, offset: int, size: int, checksum: int) -> None:
-        number = self.extensions.setdefault(extension, len(self.extensions))
-        if not self.keys or key != self.keys[-1]:
-            self.keys.append(key)
-            self.starts.append(len(self.rows))
-        elif any(row[3] == number for row in self.rows[self.starts[-1] :]):
-            self.damage.append(Damage(offset, key, f"a second member .{extension} in the same sample, left out"))
-            return
-        self.rows.append((offset, size, checksum, number))
-
-    def drop_last(self, key: str) -> None:
-        """Takes back the sample `key` where it is the last one and incomplete."""
-        if self.keys and self.keys[-1] == key:
-            self.keys.pop()
-            del self.rows[self.starts.pop() :]
-
-    def index(self, tar_bytes: int) -> ShardIndex:
-        keys = [key.encode("utf-8", "surrogateescape") for key in self.keys]
-        columns = list(zip(*self.rows, strict=True)) if self.rows else [(), (), (), ()]
-        return ShardIndex(
-            extensions=tuple(self.extensions),
-            starts=np.array([*self.starts, len(self.rows)], dtype=np.int64),
-            offsets=np.array(columns[0], dtype=np.int64),
-            sizes=np.array(columns[1], dtype=np.int64),
-            checksums=np.array(columns[2], dtype=np.uint64),
-            extension_ids=np.array(columns[3], dtype=np.uint16),
-            key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
-            key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
-            tar_bytes=tar_bytes,
-            damage=tuple(self.damage),
-        )
-
-
-def index_shard(path: Path) -> ShardIndex:
-    """Index of one tar, read once from end to end.
-
-    What cannot be used is recorded as damage with its byte offset: a header that does not parse, a file that ends
-    inside a member or without the end-of-archive mark, data after that mark, a member without extension or whose
-    name leaves the folder. The samples before it are kept; one whose member is cut is not.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    members = _Members()
-    with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
-        try:
-            with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
-                end = _read_members(tar, file, total, members)
-        except tarfile.TarError as error:
-            end = None
-            members.damage.append(Damage(file.tell(), "", f"not readable as a tar from here on: {error}"))
-        if end is not None and (reason := _bad_end(file, end, total)):
-            members.damage.append(Damage(end, "", reason))
-    return members.index(total)
-
-
-def _read_members(tar: tarfile.TarFile, file: BinaryIO, total: int, members: _Members) -> int | None:
-    """Adds the tar's members; returns where tarfile stopped, or None where the file ends inside a member."""
-    while (info := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise, 1 KB each
-        parts = split_name(info.name)
-        if info.isdir() or META_MEMBER.match(info.name):
-            continue
-        if not info.isreg():
-            members.damage.append(Damage(info.offset, "", f"{info.name!r} is a link or device, left out"))
-        elif leaves_folder(info.name):
-            members.damage.append(Damage(info.offset, "", f"the name {info.name!r} leaves the folder, left out"))
-        elif parts is None:
-            members.damage.append(Damage(info.offset, "", f"{info.name!r} has no key and extension, left out"))
-        elif info.offset_data + info.size > total:
-            here = max(0, total - info.offset_data)
-            reason = f"the file ends inside {info.name!r}: {here:,} of {info.size:,} bytes are there"
-            members.damage.append(Damage(info.offset, parts[0], reason))
-            members.drop_last(parts[0])
-            return None
-        else:
-            data = os.pread(file.fileno(), info.size, info.offset_data)
-            members.add(*parts, info.offset_data, info.size, xxhash.xxh3_64_intdigest(data))
-        if tar.offset > total:  # only the padding is missing: tarfile would raise
-            return total
-    return tar.offset
-
-
-def _bad_end(file: BinaryIO, end: int, total: int) -> str | None:
-    """What is wrong at `end`, where tarfile stopped: it stops at damage as quietly as at the end of the archive."""
-    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, end)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "the file ends here without the end-of-archive mark: it is cut short"
-    if block.count(0) < tarfile.BLOCKSIZE:
-        return f"a corrupt header: the remaining {total - end:,} bytes are not read"
-    for start in range(end, total, 1 << 20):
-        rest = os.pread(file.fileno(), 1 << 20, start)
-        if rest.count(0) < len(rest):
-            return f"data after the end-of-archive mark: the remaining {total - end:,} bytes are not read"
-    return None

@@ -6,11 +6,13 @@ Out: tars with their index and manifest; a sample's members as bytes, their chec
 
 import io
 import json
+import mmap
 import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,9 @@ import numpy as np
 import xxhash
 
 from ldm.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, shard_entry, shard_files
+from ldm.data.members import Members
 from ldm.data.quarantine import Quarantined
-from ldm.data.shard_index import index_path, leaves_folder, split_name
-
-OPEN_FILES = 64
+from ldm.data.shard_index import ShardIndex, index_path, leaves_folder, split_name
 
 
 class DamagedSample(Exception):
@@ -39,6 +40,12 @@ class DamagedSample(Exception):
     def record(self, position: int, replacement: str) -> Quarantined:
         """The ledger line of this sample."""
         return Quarantined(self.shard, self.key, self.reason, position, replacement)
+
+
+def named_damage(name: str, reason: str) -> DamagedSample:
+    """The exception for the sample "shard/key"."""
+    shard, _, key = name.partition("/")
+    return DamagedSample(shard, key, reason)
 
 
 def encode_member(value: bytes | str | dict | list | np.ndarray) -> bytes:
@@ -116,7 +123,7 @@ def write_shard(path: Path | str, samples: Iterable[dict[str, Any]]) -> ShardEnt
         index_path(temporary).unlink(missing_ok=True)
         raise
     os.utime(index_path(path))  # newer than the tar, so that `build_manifest` takes it as it is
-    return ShardEntry(path.name, entry.bytes, entry.samples, entry.index_xxh3, entry.damage)
+    return replace(entry, name=path.name)
 
 
 def write_shards(
@@ -165,75 +172,201 @@ def _groups(samples: Iterator[dict], size: int) -> Iterator[Iterator[dict]]:
         yield chain([first], islice(samples, size - 1))
 
 
-class ShardReader:
-    """Reads samples of a manifest's shards by offset.
+class SampleViews:
+    """The members of n samples, as views of their shards' maps, by row."""
 
-    One `pread` a sample, and not a memory map: a file that shrinks or a disk that fails under a map is a SIGBUS, which
-    ends the worker without a word about the shard; here it is a ledger line, for 3 us a sample. Files are opened at
-    the first read in each process, at most 64 at a time; pickles without them.
+    def __init__(self, rows: int) -> None:
+        self.names = [""] * rows
+        """ "shard/key" """
+        self.members: list[Members | None] = [None] * rows
+        """By extension; None for a damaged sample."""
+        self.checksums: list[list[int]] = [[]] * rows
+        """xxh3-64 of each of the members, in their order"""
+        self.damaged: dict[int, DamagedSample] = {}
+
+    def verify(self, rows: range) -> None:
+        """Compares the checksums of some rows' members: a sample with one that differs is damaged."""
+        part = slice(rows.start, rows.stop)
+        found = [xxhash.xxh3_64_intdigest(view) for one in self.members[part] if one for view in one.values()]
+        wanted = list(chain.from_iterable(self.checksums[part]))
+        if found == wanted:
+            return
+        digests = iter(found)
+        for row in rows:
+            members = self.members[row] or {}
+            pairs = zip(members, islice(digests, len(members)), self.checksums[row], strict=True)
+            differing = [extension for extension, one, other in pairs if one != other]
+            if differing:
+                self.refuse(row, f"member .{differing[0]} differs from its checksum")
+
+    def copy(self) -> None:
+        """Takes the members' bytes out of the maps, for work that takes long: files may shrink meanwhile."""
+        for row, members in enumerate(self.members):
+            if members is not None:
+                self.members[row] = {extension: bytes(view) for extension, view in members.items()}
+
+    def refuse(self, row: int, reason: str) -> None:
+        """Records that a sample cannot be used."""
+        self.damaged[row] = named_damage(self.names[row], reason)
+        self.members[row] = None
+        self.checksums[row] = []
+
+
+class _OpenShard:
+    """A shard's file as a memory map, which ends where the file ended when it was opened, and its index.
 
     Args:
-        manifest: of the shards' folder.
-        verify: compare each member's checksum.
+        file: descriptor, closed here; the map has one of its own, which keeps the file's lock.
     """
 
-    def __init__(self, manifest: Manifest, verify: bool = True) -> None:
+    def __init__(self, file: int, name: str, index: ShardIndex) -> None:
+        self.name = name
+        self.index = index
+        self.keys = index.key_bytes.data
+        try:
+            self.map = mmap.mmap(file, 0, prot=mmap.PROT_READ) if os.fstat(file).st_size else None
+        finally:
+            os.close(file)
+        self.view = memoryview(self.map or b"")
+
+    def read(self, samples: np.ndarray, rows: list[int], views: SampleViews) -> None:
+        """Fills rows of `views` with samples; those behind the end of the file are damaged."""
+        index = self.index
+        firsts, lasts = index.starts[samples], index.starts[samples + 1]
+        counts = lasts - firsts
+        ends = counts.cumsum()
+        each = np.repeat(lasts - ends, counts) + np.arange(ends[-1])  # the samples' members, one after the other
+        starts = index.offsets[each]
+        stops = starts + index.sizes[each]
+        length = min(len(self.view), self.map.size() if self.map else 0)
+        data = [self.view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        extensions = [index.extensions[number] for number in index.extension_ids[each].tolist()]
+        members, checksums = zip(extensions, data, strict=True), iter(index.checksums[each].tolist())
+        for row, name, count in zip(rows, self.names(samples), counts.tolist(), strict=True):
+            views.names[row] = name
+            views.members[row] = dict(islice(members, count))
+            views.checksums[row] = list(islice(checksums, count))
+        if length < index.tar_bytes:
+            for at in np.flatnonzero(np.maximum.reduceat(stops, ends - counts) > length).tolist():
+                first, last = int(starts[ends[at] - counts[at]]), int(stops[ends[at] - 1])
+                reason = f"the shard is cut short: the sample's bytes are {first:,} to {last:,}, the file ends before"
+                views.refuse(rows[at], reason)
+
+    def names(self, samples: np.ndarray) -> list[str]:
+        """ "shard/key" of each sample."""
+        starts, stops = self.index.key_starts[samples].tolist(), self.index.key_starts[samples + 1].tolist()
+        keys = [
+            str(self.keys[start:stop], "utf-8", "surrogateescape") for start, stop in zip(starts, stops, strict=True)
+        ]
+        return [f"{self.name}/{key}" for key in keys]
+
+
+class ShardReader:
+    """Reads samples of a manifest's shards by offset, out of memory maps.
+
+    Touching a page behind the end of a file that shrank is a SIGBUS, which ends the process without a word about the
+    shard. So the file's size is asked for before each read of a shard, and what lies behind its end is a ledger line;
+    what remains is a file that shrinks in the moment between the two. Shards are opened at the first read in each
+    process, and the last ones used stay open; pickles without them.
+
+    Args:
+        manifest: of the shards; of those at URLs with a cache.
+        verify: compare each member's checksum.
+        open_shards: at most so many stay open, each with its index in memory.
+        label: put before the shards' names, to tell sources apart.
+
+    Raises:
+        ValueError: shards at a URL, and no cache.
+    """
+
+    def __init__(self, manifest: Manifest, verify: bool = True, open_shards: int = 64, label: str = "") -> None:
+        if manifest.remote and manifest.cache is None:
+            raise ValueError(
+                f"{manifest.folder}: its shards lie at {manifest.base}: set data.cache.folder to a folder on this "
+                "node's disk, where they are kept while they are read"
+            )
         self.manifest = manifest
         self.verify = verify
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.open_shards = open_shards
+        self.label = label
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def members(self, shard: int, sample: int) -> dict[str, bytes]:
-        """All members of a sample, by extension.
+        """All members of a sample, by extension. A damaged shard out of a cache is fetched again, once.
 
         Raises:
             DamagedSample: the bytes are not there, or are not those that were indexed.
             FileNotFoundError: the shard has vanished.
+            StorageError: a shard at a URL cannot be read, or has changed.
         """
-        index = self.manifest.index(shard)
-        first, last = index.starts[sample : sample + 2].tolist()
-        offsets = index.offsets[first:last].tolist()
-        sizes = index.sizes[first:last].tolist()
-        checksums = index.checksums[first:last].tolist()
-        start, end = offsets[0], offsets[-1] + sizes[-1]
-        try:
-            block = os.pread(self._file(shard), end - start, start)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.manifest.path(shard)} has vanished since the run began") from None
-        except OSError as error:
-            raise self.damaged(shard, sample, f"the shard cannot be read: {error}") from error
-        if len(block) < end - start:
-            reason = f"the shard is cut short: the sample's bytes are {start:,} to {end:,}, the file ends before"
-            raise self.damaged(shard, sample, reason)
-        members = {}
-        for offset, size, checksum, name in zip(
-            offsets, sizes, checksums, index.extension_ids[first:last].tolist(), strict=True
-        ):
-            data = block[offset - start : offset - start + size]
-            extension = index.extensions[name]
-            if self.verify and xxhash.xxh3_64_intdigest(data) != checksum:
-                raise self.damaged(shard, sample, f"member .{extension} differs from its checksum")
-            members[extension] = data
-        return members
+        views = self._alone(shard, sample)
+        if views.damaged and self.manifest.cache is not None and self.manifest.remote:
+            # The whole shard was right when it was downloaded: it went bad on this node's disk.
+            self._open.pop(shard, None)
+            self.manifest.cache.discard(self.manifest, shard)
+            views = self._alone(shard, sample)
+        if views.damaged:
+            raise views.damaged[0]
+        return {extension: bytes(view) for extension, view in (views.members[0] or {}).items()}
 
-    def damaged(self, shard: int, sample: int, reason: str) -> DamagedSample:
-        """The exception that names a sample."""
-        return DamagedSample(self.manifest.shards[shard].name, self.manifest.index(shard).key(sample), reason)
+    def _alone(self, shard: int, sample: int) -> SampleViews:
+        views = SampleViews(1)
+        self.read(views, np.array([0]), np.array([shard]), np.array([sample]))
+        views.copy()
+        if self.verify:
+            views.verify(range(1))
+        return views
 
-    def _file(self, shard: int) -> int:
-        file = self._files.get(shard)
-        if file is None:
-            file = os.open(self.manifest.path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            self._files[shard] = file
-            if len(self._files) > OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+    def read(self, views: SampleViews, rows: np.ndarray, shards: np.ndarray, samples: np.ndarray) -> None:
+        """Fills rows of `views` with samples, not yet verified.
+
+        Args:
+            rows: (n,)
+            shards: (n,) numbers of their shards, in any order.
+            samples: (n,) numbers of the samples in them.
+
+        Raises:
+            FileNotFoundError, StorageError: as `members`.
+        """
+        order = np.argsort(shards, kind="stable")
+        edges = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
+        for first, last in pairwise(edges):
+            chosen = order[first:last]
+            shard = int(shards[chosen[0]])
+            try:
+                self._shard(shard).read(samples[chosen], rows[chosen].tolist(), views)
+            except OSError as error:
+                if self.manifest.remote:
+                    raise  # the cache's message names the URL
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(f"{self.manifest.path(shard)} has vanished since the run began") from None
+                for row, sample in zip(rows[chosen].tolist(), samples[chosen].tolist(), strict=True):
+                    views.names[row] = self.name(shard, sample)
+                    views.refuse(row, f"the shard cannot be read: {error}")
+
+    def name(self, shard: int, sample: int) -> str:
+        """ "shard/key" of a sample."""
+        return f"{self.label}{self.manifest.shards[shard].name}/{self.manifest.index(shard).key(sample)}"
+
+    def _shard(self, shard: int) -> _OpenShard:
+        opened = self._open.get(shard)
+        if opened is not None:
+            self._open.move_to_end(shard)
+            return opened
+        manifest = self.manifest
+        index = manifest.index(shard)
+        if manifest.cache is not None:
+            file = manifest.cache.open(manifest, shard)
         else:
-            self._files.move_to_end(shard)
-        return file
+            file = os.open(manifest.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        opened = self._open[shard] = _OpenShard(file, self.label + manifest.shards[shard].name, index)
+        if len(self._open) > self.open_shards:
+            self._open.popitem(last=False)
+        return opened
 
     def close(self) -> None:
-        """Closes the open files; the next read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Closes the open shards; the next read opens them again."""
+        self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict()}

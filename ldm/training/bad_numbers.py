@@ -111,8 +111,8 @@ class BadSteps:
             raise BadNumbersError(
                 f"{self.in_a_row} steps in a row up to step {held.step} had a loss or gradient that is not finite; "
                 f"training.bad_steps_allowed is {self.allowed}. The weights are those from before them. Their samples "
-                f"are listed in {self.path}; tools/replay.py computes a step again. Often it helps to lower optimizer.lr, "
-                "or to set wrapping.mixed_precision to bf16 or no"
+                f"are listed in {self.path}; tools/replay.py computes a step again. It often helps to lower "
+                "optimizer.lr, or to set wrapping.mixed_precision to bf16 or no"
             )
         return False
 

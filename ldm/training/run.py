@@ -33,6 +33,7 @@ from ldm.training.distributed import Agreement, BatchSplit
 from ldm.training.ema import EMA
 from ldm.training.metrics import LossWindow, MetricsWriter, forget_after
 from ldm.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from ldm.training.run_data import RunData, Share
 from ldm.training.wrapping import settle_buckets, wrap_network
 
 
@@ -43,11 +44,9 @@ class Run:
     config: RunConfig
     accelerator: Accelerator
     split: BatchSplit
-    manifest: Manifest
+    data: RunData
     pipeline: Pipeline
     network: nn.Module
-    held_out: Manifest | None
-    """Validation shards; None where no validation loss is computed."""
     optimizer: Any
     """AcceleratedOptimizer around AdamW: it unscales gradients and skips steps in fp16."""
     ema: EMA
@@ -64,11 +63,17 @@ class Run:
         return Path(self.config.run_dir)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one sample's latents."""
-        autoencoder = self.pipeline.autoencoder
+    def share(self) -> Share:
+        """What this process takes of the data."""
+        autoencoder, text_encoder = self.pipeline.autoencoder, self.pipeline.text_encoder
         side = self.config.data.resolution // autoencoder.downsample_factor
-        return autoencoder.config.latent_channels, side, side
+        return Share(
+            rank=self.accelerator.process_index,
+            split=self.split,
+            seed=self.config.seed,
+            latent_shape=(autoencoder.config.latent_channels, side, side),
+            text_shape=(text_encoder.max_length, text_encoder.hidden_size),
+        )
 
 
 def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, say: Callable[[str], None]) -> Run:
@@ -76,14 +81,10 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     device, run_dir = accelerator.device, Path(config.run_dir)
     autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).requires_grad_(False).eval()
     text_encoder = TextEncoder(config.text_encoder, device)
-    manifest = Manifest.load(config.data.shards)
-    held_out = None
-    if config.data.validation is not None and config.validation.every:
-        held_out = Manifest.load(config.data.validation)
-    else:
-        say("no validation loss: data.validation is not set, or validation.every is 0")
-    manifests = [manifest] if held_out is None else [manifest, held_out]
-    check_parts(config, autoencoder, text_encoder, manifests)
+    data = RunData.open(config.data, validating=config.validation.every > 0)
+    for line in data.lines():
+        say(line)
+    check_parts(config, autoencoder, text_encoder, data.all_manifests())
     # The initial weights are a function of the seed alone: the same on each process, and no global generator moves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -96,20 +97,13 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     ledger = Ledger(run_dir / "quarantine.jsonl", config.data.quarantine_limit)
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for one in manifests:
-            ledger.append(one.damaged())
-    parameters = sum(p.numel() for p in unet.parameters())
-    kind = "raw" if manifest.encoder is None else "encoded"
-    say(
-        f"UNet with {parameters:,} parameters; {sum(manifest.counts):,} {kind} samples in {len(manifest.counts)} "
-        f"shards of {config.data.shards}"
-    )
+        ledger.append(data.damaged())
+    say(f"UNet with {sum(p.numel() for p in unet.parameters()):,} parameters")
     return Run(
         config=config,
         accelerator=accelerator,
         split=split,
-        manifest=manifest,
-        held_out=held_out,
+        data=data,
         pipeline=pipeline,
         network=network,
         optimizer=accelerator.prepare_optimizer(
@@ -154,11 +148,22 @@ def check_parts(
         )
     elif unet.sample_size is None and config.previews.every and config.previews.prompts:
         problems.append("unet.sample_size is not set: previews need the size of the latents")
+    buckets, steepest = config.data.buckets, 2 ** (len(unet.block_out_channels) - 1)
+    if buckets is not None and buckets.step % (factor * steepest):
+        problems.append(
+            f"data.buckets.step is {buckets.step}, but autoencoder and UNet together halve a side to 1 /"
+            f" {factor * steepest}: it has to be a multiple of that"
+        )
     for manifest in manifests:
         if manifest.encoder is not None:
             stored_text = manifest.encoder.get("text_encoder") is not None
             expected = encoder_identity(
-                autoencoder, text_encoder, config.data.resolution, config.encoding, text_states=stored_text
+                autoencoder,
+                text_encoder,
+                config.data.resolution,
+                config.encoding,
+                text_states=stored_text,
+                buckets=buckets,
             )
             problems += [f"{manifest.folder}: {one}" for one in identity_problems(manifest.encoder, expected)]
     if problems:
@@ -199,8 +204,8 @@ def restore(run: Run, checkpoint: Path, say: Callable[[str], None]) -> int:
     state, average = load_training_state(checkpoint)
     saved = yaml.safe_load((checkpoint / "training_state" / "config.yaml").read_text())
     changed = differences(saved, to_dict(run.config))
-    if state.scalars["shards"] != run.manifest.digest():
-        changed.append(f"the manifest of {run.config.data.shards} is another than the one that the run began with")
+    if state.scalars["shards"] != run.data.digest():
+        changed.append("data.shards: other samples, sources or weights than those that the run began with")
     if changed:
         raise ValueError(
             f"{checkpoint} belongs to a run with other settings:\n  " + "\n  ".join(changed) + "\nPut them back to "
@@ -250,7 +255,7 @@ def save(run: Run, done: int) -> None:
                     "ledger": run.ledger.state(),
                     "bad_steps": run.bad_steps.state(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "shards": run.manifest.digest(),
+                    "shards": run.data.digest(),
                 },
             ),
             run.ema.state_dict(),
