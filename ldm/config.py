@@ -179,6 +179,8 @@ FREE_WHEN_RESUMING = (
     "training.checkpoint_failures_allowed",
     "training.bad_steps_allowed",
     "data.shards",  # the manifest's digest in the checkpoint tells whether it is the same data
+    "data.cache",
+    "data.stream",  # such a run is not exact, and says so
     "data.verify",
     "data.workers",
     "data.prefetch",

@@ -119,6 +119,8 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> T
         clock.images += len(batch.positions) * run.split.processes
     # After accumulation and, in fp16, unscaling: accelerate knows the scaler.
     grad_norm = accelerator.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or math.inf)
+    with clock.paused():
+        run.writer.wait_copied()  # a checkpoint's copy, which ran beside forward and backward
     settle(run)  # the step before, while the device computes this one: the average wants the weights of before
     set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
     skipped = step_unless(run.optimizer, ~grad_norm.isfinite())

@@ -93,7 +93,7 @@ def train_without(words: list[str]) -> int:
     accelerator = start_accelerator(config.distributed, "no")
     split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
     run = build_run(config, accelerator, split, lambda line: None)
-    batches = ldm.train.training_batches(run, 0)
+    batches = run.data.training_batches(run.share, 0, config.training.steps)
     for step in range(config.training.steps):
         micro_batches = [next(batches) for _ in range(split.accumulation)]
         if step + 1 in left_out:

@@ -152,7 +152,7 @@ def test_a_damaged_one_of_a_later_step_costs_no_good_one_its_place(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000015"]
 
 
-@pytest.mark.parametrize("fault", ["write_tensors", "_flush", "file_hash", "replace", "pipeline"])
+@pytest.mark.parametrize("fault", ["write_tensors", "flush", "file_hash", "replace", "pipeline"])
 def test_a_storage_fault_at_any_stage_leaves_the_previous_checkpoint_in_place(tmp_path, monkeypatch, fault):
     first = save(tmp_path, 1, keep=1)
 
@@ -188,21 +188,48 @@ def test_frozen_parts_are_linked_only_from_a_checkpoint_in_which_they_are_intact
     assert not intact(saved, ["unet"])
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".yaml"])
-def test_storage_that_drops_bytes_in_silence_is_found_before_the_rename(tmp_path, monkeypatch, suffix):
+@pytest.mark.parametrize("name", ["unet.safetensors", "config.yaml", "state.json", "hashes.json", "model_index.json"])
+def test_storage_that_drops_bytes_in_silence_is_found_before_the_rename(tmp_path, monkeypatch, name):
     first = save(tmp_path, 1)
     fsync = os.fsync
 
     def cut(descriptor):  # the last byte is gone when the file is on the storage
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if Path(name.removesuffix(f".{os.getpid()}")).suffix == suffix and os.path.getsize(name):
-            os.truncate(name, os.path.getsize(name) - 1)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name.removeprefix(".").removesuffix(f".{os.getpid()}") == name:
+            os.truncate(path, path.stat().st_size - 1)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", cut)
     with pytest.raises((OSError, CheckpointError), match=r"other bytes than were written|not readable as JSON"):
         save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", first.name]
+
+
+def test_all_is_on_the_storage_and_in_the_hash_list_before_the_rename_and_the_rename_before_latest(
+    tmp_path, monkeypatch
+):
+    flushed, renames, fsync, replace = set(), [], os.fsync, os.replace
+
+    def watched_fsync(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)  # a file keeps its number when it is renamed
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        if Path(target).name == "step-00000001":
+            verify_checkpoint(Path(source))
+            parts = [Path(source), *Path(source).rglob("*")]
+            assert [path for path in parts if path.stat().st_ino not in flushed] == []
+            assert tmp_path.stat().st_ino not in flushed
+        if Path(target).name == "latest":
+            assert tmp_path.stat().st_ino in flushed
+            verify_checkpoint(tmp_path / os.readlink(source))
+        renames.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    save(tmp_path, 1)
+    assert renames[-2:] == ["step-00000001", "latest"]
 
 
 def test_the_oldest_is_removed_only_after_the_new_one_is_complete(tmp_path, monkeypatch):

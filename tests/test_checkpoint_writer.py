@@ -100,14 +100,52 @@ def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tmp_pa
     live, average = state(4), averaged(4)
     writer.save(live, average, held_up, config_yaml="")
     assert not writer.poll()  # it returned while the write is under way
+    live.scalars["loss_window"].append("later")
+    writer.wait_copied()
+    assert not writer.poll()
     for tensors in (live.weights, live.optimizer, average):
         for tensor in tensors.values():
             tensor.zero_()
-    live.scalars["loss_window"].append("later")
     assert list(tmp_path.glob("step-*")) == []
     go.set()
     writer.wait()
     assert_holds(tmp_path / "latest", 4)
+
+
+def test_the_state_may_be_changed_as_soon_as_it_is_copied_200_of_200_times(tmp_path):
+    # Large enough that a copy takes milliseconds: a wait that returned early would let zeros into it.
+    shape, trials = (512, 2048), 200
+    writer = CheckpointWriter(tmp_path, keep=1)
+    held = {}
+
+    def look(folder, average, earlier):
+        held["average"] = average["w"].clone()
+        raise OSError("not to be written: only what was copied counts here")
+
+    said = []
+    writer._report, writer._allowed = said.append, trials
+    for trial in range(1, trials + 1):
+        live = {"w": torch.full(shape, float(trial))}
+        writer.save(TrainingState(trial, live, {}, ema_updates=0), live, look, config_yaml="")
+        writer.wait_copied()
+        live["w"].zero_()
+        with pytest.raises((OSError, CheckpointError)):
+            writer.wait()
+        assert (held["average"] == trial).all()
+    assert len(said) == trials
+
+
+def test_a_copy_that_fails_is_a_failed_write_and_holds_nobody_up(tmp_path):
+    said = []
+    writer = CheckpointWriter(tmp_path, keep=0, report=said.append)
+    writer.save(state(1), averaged(1), write_pipeline, config_yaml="")
+    writer.wait()
+    writer._host.take = lambda groups, ready: (_ for _ in ()).throw(MemoryError("no room for the copy"))
+    writer.save(state(2), averaged(2), write_pipeline, config_yaml="")
+    writer.wait_copied()
+    with pytest.raises(CheckpointError, match="no room for the copy"):
+        writer.wait()
+    assert "step-00000001, is untouched" in said[0]
 
 
 def test_the_next_save_waits_for_the_one_under_way_before_it_takes_its_buffers(tmp_path):
@@ -135,9 +173,9 @@ def test_the_next_save_waits_for_the_one_under_way_before_it_takes_its_buffers(t
 def test_buffers_are_kept_from_save_to_save_and_made_anew_for_other_shapes():
     host = HostCopy()
     groups = [state(1).weights, state(1).optimizer]
-    first = host.take(groups)
+    first = host.take(groups, {})
     places = [tensor.data_ptr() for group in first for tensor in group.values()]
-    again = host.take([state(2).weights, state(2).optimizer])
+    again = host.take([state(2).weights, state(2).optimizer], {})
     assert [tensor.data_ptr() for group in again for tensor in group.values()] == places
     assert same(again[0], state(2).weights)
     assert same(again[1], state(2).optimizer)
@@ -149,8 +187,11 @@ def test_buffers_are_kept_from_save_to_save_and_made_anew_for_other_shapes():
         "gaps": torch.arange(12.0).reshape(3, 4)[:, 1:3],
         "0": torch.ones(0),
     }
-    copies = host.take([other])[0]
-    assert all(torch.equal(copies[name], other[name]) and copies[name].dtype == other[name].dtype for name in other)
+    for values in (other, {"w": torch.ones(5), "gaps": torch.ones(2, 2, dtype=torch.int64), "0": torch.ones(1)}):
+        copies = host.take([values], {})[0]
+        for name, value in values.items():
+            assert torch.equal(copies[name], value)
+            assert copies[name].dtype == value.dtype
 
 
 @pytest.mark.parametrize(

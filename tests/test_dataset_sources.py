@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from ldm.data.buckets import BucketConfig
 from ldm.data.cache import CacheConfig
 from ldm.data.data_config import DataConfig, SourceConfig
 from ldm.data.dataset import SampleDataset, damage_of_indexing
-from ldm.data.draws import Purpose, generator
+from ldm.data.draws import Purpose, generator, uniform
 from ldm.data.interleaving import Mix
 from ldm.data.loader import make_validation_loader, validation_batches
 from ldm.data.manifest import Manifest, build_manifest
@@ -253,6 +254,19 @@ def test_a_damaged_sample_gives_way_to_the_same_reserve_of_its_bucket(
             damaged = whole.keys[row] in (f"{label}s-0.tar/k001", f"{label}s-0.tar/k004")
             assert damaged == (position in replaced)
             assert batch.keys[row] == replaced.get(position, whole.keys[row])
+            if damaged and kind == "two sources":
+                ranks = [
+                    f"{source}:s-{shard}.tar/k{number:03d}"
+                    for source, counts in enumerate((COUNTS, [9, 3]))
+                    for shard, count in enumerate(counts)
+                    for number in range(count)
+                ]
+                drawn = (
+                    ranks[int(uniform(3, Purpose.RESERVE, position, attempt) * 65)] for attempt in itertools.count()
+                )
+                assert batch.keys[row] == next(key for key in drawn if key not in ("1:s-0.tar/k001", "1:s-0.tar/k004"))
+                source, shard, number = (int(one) for one in re.findall(r"[0-9]+", batch.keys[row]))
+                assert batch.captions[row] == f"caption {shard + 100 * source} {number}"
     again = global_batches([Manifest.load(one.folder) for one in copies], case.settings, 4, 3, 16, **case.changes)
     assert again == global_batches(copies, case.settings, 1, 0, 16, **case.changes)[3:]
 

@@ -147,6 +147,9 @@ def test_size_and_crop_are_those_of_the_standard_librarys_json_for_6000_stored_a
     assert quick > 1500  # the quick way is taken, and not only refused
     assert 0 < unread < quick / 4  # damage before the end of the member, which is not read
     assert plain_sizes_and_crops([{"txt": b""}]) is None
+    # Two ends in one member and none in the next are two in all.
+    short = b'{"size": [0, 0], "crop": [0, 0]}'
+    assert plain_sizes_and_crops([{"json": short + b"\n" + short}, {"json": b"{}"}]) is None
 
 
 def test_captions_at_once_are_those_of_one_at_a_time_or_none() -> None:

@@ -167,7 +167,8 @@ def test_latents_are_samples_of_the_posterior_shifted_and_scaled_once(encoded_sh
     batch = first_batch(encoded_shards, dropout=0.0)
     config = SimpleNamespace(scaling_factor=0.18215, shift_factor=0.25)
     run = SimpleNamespace(pipeline=SimpleNamespace(autoencoder=SimpleNamespace(config=config)))
-    mean, logvar = batch.moments.chunk(2, dim=1)
+    assert batch.moments.dtype == torch.float16  # as stored: widened on the device, before anything is computed
+    mean, logvar = batch.moments.float().chunk(2, dim=1)
     expected = 0.18215 * (mean - 0.25 + (logvar / 2).exp() * batch.posterior_noise)
     torch.testing.assert_close(latents_of(run, batch), expected)
     assert not torch.allclose(latents_of(run, batch), 0.18215 * (mean - 0.25), atol=1e-4)  # the mode is no sample

@@ -38,7 +38,7 @@ class Batch:
     images: Tensor | None
     """(B, 3, R, R) float32 in [-1, 1]; None for encoded shards"""
     moments: Tensor | None
-    """(B, 2C, h, w) float32, mean and log-variance, unscaled; None for raw shards"""
+    """(B, 2C, h, w) float16 or float32, as stored: mean and log-variance, unscaled; None for raw shards"""
     text_states: Tensor | None
     """(B, L, D) in the type stored; None where the shards have none"""
     sizes: Tensor

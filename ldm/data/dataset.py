@@ -198,11 +198,14 @@ class SampleDataset(Dataset[Batch]):
             ValueError: they differ in it, or in what the config asks for.
         """
         forms = []
+        # What is stored is widened on the device: half the memory to fill here, and half the bytes on the way.
+        stored = {(manifest.encoder or {}).get("dtype") for manifest in self.manifests}
+        moments_dtype = torch.float16 if stored == {"float16"} else torch.float32
         for reader in self.readers:
             first = next(number for number, count in enumerate(reader.manifest.counts) if count)
             extensions = set(reader.manifest.index(first).extensions)
             self._check(reader.manifest, extensions)
-            form = Form(MOMENTS in extensions, self.buckets[0], latent_shape)
+            form = Form(MOMENTS in extensions, self.buckets[0], latent_shape, moments_dtype=moments_dtype)
             if form.encoded and TEXT in extensions:
                 states = first_text_states(reader)
                 form = form._replace(text=states.shape, text_dtype=torch.from_numpy(np.array(states)).dtype)

@@ -10,6 +10,7 @@ In: manifests, a seed, and the positions of a step. Out: a `Batch` for each micr
     6. contents           -> Batch               samples.collate: with the noises, in the worker, whole tensors
 """
 
+import gc
 import os
 import signal
 import threading
@@ -61,13 +62,14 @@ def _whole(batch: Any) -> Any:
 
 
 def start_worker(_: int = 0) -> None:
-    """Sets up a loader's worker process: one torch thread, and the signals that are the main process's to handle.
+    """Sets up a loader's worker process: one torch thread, memory, and the signals that the main process handles.
 
     Ctrl-C, and Slurm's and torchrun's SIGTERM and SIGUSR1, go to the whole group; the main process then ends its step
     and writes a checkpoint, for which it needs its workers. Only a SIGTERM out of the main process ends a worker, or
     that process's own death: killed, it leaves its workers' last batches in pipes that nobody will read.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # each full search for garbage would go through all that was imported, for 0.1 s
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -59,6 +59,7 @@ class Form(NamedTuple):
     text: tuple[int, ...] | None = None
     """(L, D) of the text states; None where the shards have none"""
     text_dtype: torch.dtype = torch.float16
+    moments_dtype: torch.dtype = torch.float32
 
     @property
     def moments(self) -> tuple[int, int, int]:
@@ -105,7 +106,10 @@ def decode_sample(name: str, members: Members, draws: Draws, form: Form) -> Samp
         pixels = picture.pixels[:, ::-1] if draws.flip else picture.pixels
         size = original_size(decode_json(members), picture.size)
         return Sample(name, caption, two_pairs(size, picture.crop), pixels, None)
-    moments = decode_floats(members, FLIPPED if draws.flip else MOMENTS, form.moments)
+    name_of = FLIPPED if draws.flip else MOMENTS
+    moments = decode_floats(members, name_of, form.moments)
+    if moments.itemsize > form.moments_dtype.itemsize:
+        raise ValueError(f"member .{name_of} is {moments.dtype}, its manifest says {form.moments_dtype}")
     states = None if form.text is None else decode_floats(members, TEXT, form.text)
     if states is not None and states.itemsize > form.text_dtype.itemsize:
         raise ValueError(f"member .{TEXT} is {states.dtype}, the first sample's is {form.text_dtype}")
@@ -126,13 +130,13 @@ class Contents:
         self.sizes = torch.empty(rows, 6)
         self.sizes[:, 4:] = torch.tensor(form.pixels)
         self.pixels = None if form.encoded else torch.empty(rows, *form.pixels, 3, dtype=torch.uint8)
-        self.moments = torch.empty(rows, *form.moments) if form.encoded else None
+        self.moments = torch.empty(rows, *form.moments, dtype=form.moments_dtype) if form.encoded else None
         self.text_states = None if form.text is None else torch.empty(rows, *form.text, dtype=form.text_dtype)
 
     def parts(self) -> list[range]:
         """The rows, cut where they are best decoded: what a part takes stays in the processor's cache."""
         rows = len(self.keys)
-        stored = 1 if self.moments is None else self.moments.nbytes // 2 // max(rows, 1)
+        stored = 1 if self.moments is None else self.moments.nbytes // max(rows, 1)
         step = max(1, BYTES_AT_ONCE // stored)
         return [range(first, min(first + step, rows)) for first in range(0, rows, step)]
 

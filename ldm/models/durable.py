@@ -78,16 +78,25 @@ def write_parts(parts: Iterable[memoryview], path: Path) -> str:
                 while left:
                     left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)
-            if hasattr(os, "posix_fadvise"):  # what is read back comes from the storage and not from memory
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+        drop_from_memory(temporary)
         if file_hash(temporary) != digest.hexdigest():
             raise OSError(errno.EIO, "the storage holds other bytes than were written", str(path))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def drop_from_memory(path: Path) -> None:
+    """Asks the kernel to forget a flushed file: what is read from it next comes from the storage."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

@@ -70,10 +70,8 @@ def save_checkpoint(
             `latest` points to one of them, or to this one where it was complete before the failure.
         CheckpointError: a file of the pipeline is not what was written.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final = root / checkpoint_name(state.step)
-    if final.exists() and _problem(final) is None:
-        _point_latest(root, final)
+    if already_there(root, final):
         return final
     with partial_folder(root, state.step) as partial:
         write_pipeline(partial)
@@ -86,6 +84,15 @@ def save_checkpoint(
         written |= write_record(partial, record, config_yaml)
         publish(root, partial, final, written, keep)
     return final
+
+
+def already_there(root: Path, final: Path) -> bool:
+    """Whether a checkpoint is complete under its name, `latest` then pointing to it; makes the folder `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not final.exists() or _problem(final) is not None:
+        return False
+    _point_latest(root, final)
+    return True
 
 
 @contextmanager
@@ -116,7 +123,7 @@ def publish(root: Path, partial: Path, final: Path, written: Mapping[str, str], 
         written: hashes of files that are flushed already, by their path in the folder.
     """
     files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
-    _flush(path for name, path in files.items() if name not in written)
+    flush(path for name, path in files.items() if name not in written)
     for name, path in files.items():
         if path.suffix == ".json" and name not in written:  # nobody has compared them; cut short they do not parse
             _check_json(name, path)
@@ -125,11 +132,11 @@ def publish(root: Path, partial: Path, final: Path, written: Mapping[str, str], 
         for name, path in files.items()
     }
     write_text(json.dumps(hashes, indent=1) + "\n", partial / HASHES)
-    _flush([*(p for p in partial.rglob("*") if p.is_dir()), partial])
+    flush([*(p for p in partial.rglob("*") if p.is_dir()), partial])
     if final.exists():  # an incomplete folder under the final name, left by other hands
         shutil.rmtree(final)
     os.replace(partial, final)
-    _flush([root])
+    flush([root])
     _point_latest(root, final)
     if keep:
         _prune(root, keep, final)
@@ -261,7 +268,8 @@ def _check_json(name: str, path: Path) -> None:
         ) from error
 
 
-def _flush(paths: Iterable[Path]) -> None:
+def flush(paths: Iterable[Path]) -> None:
+    """Waits until the content of files, and the entries of folders, are on the storage."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -275,7 +283,7 @@ def _point_latest(root: Path, checkpoint: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.name)
     os.replace(temporary, root / "latest")
-    _flush([root])
+    flush([root])
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:

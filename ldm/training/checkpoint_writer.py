@@ -1,18 +1,22 @@
-"""Checkpoints in the background: training stops for a copy to the host and goes on while a thread writes it.
+"""Checkpoints in the background: a thread copies weights and state to the host, and writes the copy.
 
-Enters: a TrainingState and averaged weights whose tensors training goes on changing. Leaves: the same checkpoint that
-`save_checkpoint` writes, a little later; a write that failed is told, counted, and made up for by the next save.
+Enters: a TrainingState and averaged weights, which training changes again at its next optimizer step; until then, while
+it computes a forward and a backward pass, they are copied. Leaves: the same checkpoint that `save_checkpoint` writes, a
+little later; a write that failed is told, counted, and made up for by the next save.
 
 The thread is not a daemon: a program that ends, by return or by an exception, ends after the write under way. A process
 that is killed leaves a temporary folder, which the next save removes.
 """
 
 import copy
-import mmap
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +28,7 @@ where they are intact there."""
 
 _ALIGNMENT = 64
 _SLAB = 256 << 20
+_JOB = 16 << 20
 
 
 class CheckpointWriter:
@@ -50,6 +55,8 @@ class CheckpointWriter:
         self._report = report
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._error: Exception | None = None
 
     def save(
@@ -60,7 +67,9 @@ class CheckpointWriter:
         *,
         config_yaml: str,
     ) -> None:
-        """Copies all tensors to the host and returns; a thread writes them. Waits for a write still under way first.
+        """Returns while a thread copies all tensors to the host and writes them; waits for the write before it first.
+
+        The tensors may be read, but not changed, until `wait_copied` returns.
 
         Args:
             averaged: weights for unet/, by the network's names.
@@ -73,12 +82,18 @@ class CheckpointWriter:
         self._join()
         if self.failures > self._allowed:
             self._raise()
-        weights, optimizer, average = self._host.take([state.weights, state.optimizer, averaged])
-        scalars = copy.deepcopy(state.scalars)
-        copied = TrainingState(state.step, weights, optimizer, state.ema_updates, scalars)
-        arguments = (copied, average, write_pipeline, config_yaml)
+        state = replace(state, scalars=copy.deepcopy(state.scalars))
+        groups = [state.weights, state.optimizer, averaged]
+        devices = {tensor.device for group in groups for tensor in group.values() if tensor.is_cuda}
+        ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        arguments = (state, averaged, ready, write_pipeline, config_yaml)
+        self._copied.clear()
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer", daemon=False)
         self._thread.start()
+
+    def wait_copied(self) -> None:
+        """Returns when the tensors of the last `save` are copied: to be called before anything changes them."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Returns when nothing is under way.
@@ -111,16 +126,27 @@ class CheckpointWriter:
             raise error
         raise CheckpointError(f"the last checkpoint was not written: {_told(error)}") from error
 
-    def _write(self, state: TrainingState, average: dict[str, Tensor], write: WritePipeline, config_yaml: str) -> None:
+    def _write(
+        self,
+        state: TrainingState,
+        averaged: Mapping[str, Tensor],
+        ready: Mapping[torch.device, torch.cuda.Event],
+        write: WritePipeline,
+        config_yaml: str,
+    ) -> None:
         # Frozen parts are linked from the checkpoint before the last one: so there are two copies of them on the
         # storage, in turns, and one flipped bit does not cost all checkpoints at once.
         earlier = self._before if self._keep != 1 else self.last
         final = self.root / checkpoint_name(state.step)
         before = final.exists()
         try:
+            try:
+                weights, optimizer, average = self._host.take([state.weights, state.optimizer, averaged], ready)
+            finally:
+                self._copied.set()
             written = save_checkpoint(
                 self.root,
-                state,
+                replace(state, weights=weights, optimizer=optimizer),
                 lambda folder: write(folder, average, earlier),
                 config_yaml=config_yaml,
                 keep=self._keep,
@@ -146,37 +172,75 @@ class CheckpointWriter:
 class HostCopy:
     """Buffers on the host that take copies of named tensors, again and again.
 
-    Fresh memory costs more than the copy (each page is cleared at its first touch), so that buffers are kept while
-    names, shapes and dtypes stay.
+    Fresh memory costs several times what the copy costs (each page is cleared at its first touch), so that buffers are
+    kept while names, shapes and dtypes stay.
     """
 
     def __init__(self) -> None:
         self._layout: list[object] = []
         self._buffers: list[dict[str, Tensor]] = []
+        self._bytes: list[dict[str, np.ndarray]] = []
 
-    def take(self, groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def take(
+        self, groups: Sequence[Mapping[str, Tensor]], ready: Mapping[torch.device, torch.cuda.Event]
+    ) -> list[dict[str, Tensor]]:
         """Copies groups of tensors; the copies are valid until the next call.
 
         Copies have the memory order of their tensors, so that each is one straight copy. From a GPU they go through
-        pinned memory, all under way at once, and are waited for together.
+        page-locked memory, all under way at once beside the work that the device is given meanwhile.
+
+        Args:
+            ready: an event of each GPU behind which the tensors have their values.
         """
         layout: list[object] = [
             [(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in group.items()]
             for group in groups
         ]
         if layout != self._layout:
-            self._buffers = []  # the old ones go before new ones are asked for
+            self._buffers, self._bytes = [], []  # the old ones go before new ones are asked for
             self._buffers, self._layout = _buffers_like(groups), layout
-        devices = set()
-        with torch.no_grad():
-            for group, buffers in zip(groups, self._buffers, strict=True):
-                for name, tensor in group.items():
-                    buffers[name].copy_(tensor, non_blocking=True)
-                    devices.add(tensor.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+            self._bytes = [{name: _as_bytes(tensor) for name, tensor in group.items()} for group in self._buffers]
+        streams = {device: torch.cuda.Stream(device) for device in ready}
+        for device, stream in streams.items():
+            stream.wait_event(ready[device])
+        on_host = []
+        for group, buffers, arrays in zip(groups, self._buffers, self._bytes, strict=True):
+            for name, tensor in group.items():
+                if tensor.device.type == "cpu" and tensor.stride() == buffers[name].stride():
+                    on_host.append((arrays[name], _as_bytes(tensor)))
+                else:
+                    with torch.cuda.stream(streams.get(tensor.device)):
+                        buffers[name].copy_(tensor.detach(), non_blocking=True)
+        _copy_in_threads(on_host)
+        for stream in streams.values():
+            stream.synchronize()
         return [dict(buffers) for buffers in self._buffers]
+
+
+def _copy_in_threads(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Copies arrays to arrays with all cores: one core moves half or less of what memory can."""
+    jobs: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+    size = 0
+    for pair in pairs:
+        if size > _JOB:
+            jobs.append([])
+            size = 0
+        jobs[-1].append(pair)
+        size += pair[0].nbytes
+
+    def copy_all(job: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        for target, source in job:
+            np.copyto(target, source)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(copy_all, jobs))
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor without gaps, in whatever order of its dimensions."""
+    flat = torch.as_strided(tensor.detach(), (tensor.numel(),), (1,))
+    array: np.ndarray = flat.view(torch.uint8).numpy()
+    return array
 
 
 def _told(error: Exception) -> str:
@@ -195,7 +259,7 @@ def _buffers_like(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tens
         for name, tensor in group.items():
             size = tensor.numel() * tensor.element_size()
             if used + size > slab.numel():
-                slab, used = _slab(max(min(_SLAB, left), size), pinned), 0
+                slab, used = torch.empty(max(min(_SLAB, left), size), dtype=torch.uint8, pin_memory=pinned), 0
             # The strides that a copy in the tensor's own memory order has, gaps closed.
             strides = torch.empty_like(tensor, device="meta").stride()
             values = slab[used : used + size].view(tensor.dtype)
@@ -208,12 +272,3 @@ def _buffers_like(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tens
 def _room(tensor: Tensor) -> int:
     size = tensor.numel() * tensor.element_size()
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _slab(size: int, pinned: bool) -> Tensor:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # hundreds of times fewer page faults at the first copy
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
