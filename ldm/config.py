@@ -174,6 +174,7 @@ FREE_WHEN_RESUMING = (
     "run_dir",
     "training.steps",
     "training.max_micro_batch",
+    "optimizer.lr",  # said at the resume
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.checkpoint_failures_allowed",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +22,12 @@ from ldm.data.batch import Batch
 from ldm.diffusion.objective import Network, loss_per_sample, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
+from ldm.models.durable import write_text
 from ldm.training.bad_numbers import StepNumbers, poisoned
 from ldm.training.distributed import first_lines, split_global_batch, start_accelerator
 from ldm.training.metrics import Clock, Console, peak_memory_gib, window_metrics
 from ldm.training.optimizer import learning_rate, set_learning_rate, step_unless
-from ldm.training.outcome import INTERRUPTED, RunFolderError, only_program, write_status
+from ldm.training.outcome import INTERRUPTED, RunStatus, fail_before_start, only_program
 from ldm.training.previews import draw_previews
 from ldm.training.run import Run, build_run, finish_writing, resume, save
 from ldm.training.signals import StopRequest
@@ -41,20 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop:
         try:
             accelerator = start_accelerator(config.distributed, resolve_precision(config.wrapping.mixed_precision))
-            with only_program(run_dir, accelerator.is_main_process):
-                outcome, step = train(config, accelerator, stop)
-                if accelerator.is_main_process:
-                    write_status(run_dir, outcome, step, stop.received or "")
-        except RunFolderError:
-            raise  # the status is that of the program that is training there
         except BaseException as error:
-            write_status(run_dir, "failed", None, f"{type(error).__name__}: {error}")
+            fail_before_start(run_dir, error)
             raise
+        with only_program(run_dir, accelerator) as status:
+            outcome, step = train(config, accelerator, stop, status)
+            if accelerator.is_main_process:
+                status.write(outcome, step, stop.received or "")
         accelerator.end_training()
     return 0 if outcome == "finished" else INTERRUPTED
 
 
-def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tuple[str, int]:
+def train(
+    config: RunConfig, accelerator: Accelerator, stop: StopRequest, status: RunStatus
+) -> tuple[Literal["finished", "interrupted"], int]:
     """Runs or resumes the training of `config`; returns "finished" or "interrupted", and the steps done."""
     split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
     say = sayer(accelerator)
@@ -63,8 +64,8 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
     run = build_run(config, accelerator, split, say)
     start, steps = resume(run, say), config.training.steps
     if accelerator.is_main_process:
-        (run.run_dir / "config.yaml").write_text(to_yaml(config))
-        write_status(run.run_dir, "running", start, "")
+        write_text(to_yaml(config), run.run_dir / "config.yaml")
+        status.write("running", start, "")
     batches = run.data.training_batches(run.share, start, steps)
     held_out = run.data.validation_batches(run.share, config.validation.samples)
     done, clock = start, Clock()
@@ -74,7 +75,9 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
             latents = train_step(run, step, batches, clock)
             done = step + 1
             bar.update()
+            stopping = stop.agreed(run.agreement)  # before what may take longer than the sender of a signal waits
             validating = held_out is not None and due(done, config.validation.every, steps)
+            validating = validating and (done == steps or not stopping)
             if validating or done == 1 or due(done, config.metrics.log_every, steps):
                 record = measure(run, done, latents, clock)
                 if validating and held_out is not None:
@@ -83,7 +86,6 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
                 run.metrics.write(done, record)
                 bar.set_postfix({name: record[name] for name in ("loss", "lr")})
             with clock.paused():
-                stopping = stop.agreed(run.agreement)
                 if stopping or due(done, config.training.checkpoint_every, steps):
                     settle(run)
                     save(run, done)
@@ -93,7 +95,7 @@ def train(config: RunConfig, accelerator: Accelerator, stop: StopRequest) -> tup
                     preview(run, done)
     finish_writing(run)
     run.metrics.close()
-    outcome = "finished" if done >= steps else "interrupted"
+    outcome: Literal["finished", "interrupted"] = "finished" if done >= steps else "interrupted"
     say(f"{outcome} after {done} of {steps} steps; checkpoint {run.run_dir / 'checkpoints' / 'latest'}")
     return outcome, done
 
@@ -197,6 +199,7 @@ def validate(run: Run, held_out: Iterable[Batch]) -> float:
 
 def preview(run: Run, done: int) -> None:
     """Draws the sample grid on the main process while the others wait. Collective."""
+    settle(run)
     if run.accelerator.is_main_process:
         grid = draw_previews(
             run.pipeline, run.ema, run.config.previews, seed=run.config.seed, step=done, run_dir=run.run_dir

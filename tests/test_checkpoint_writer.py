@@ -282,6 +282,24 @@ def test_frozen_parts_lie_on_the_storage_twice_however_many_checkpoints_there_ar
     assert len({path.stat().st_ino for path in tmp_path.glob("step-*/vae/config.json")}) == 2
 
 
+def test_a_program_that_ends_right_after_a_save_leaves_the_whole_checkpoint(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+from test_checkpoint_writer import averaged, state, write_pipeline
+from ldm.training.checkpoint_writer import CheckpointWriter
+
+CheckpointWriter(Path(sys.argv[1]), keep=0).save(state(1), averaged(1), write_pipeline, config_yaml="")
+raise SystemExit("no more steps")
+"""
+    for trial in range(5):
+        root = tmp_path / str(trial)
+        words = [sys.executable, "-c", program, str(root)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=120)
+        assert "no more steps" in done.stderr
+        assert_holds(root / "latest", 1)
+
+
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path

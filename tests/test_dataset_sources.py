@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import multiprocessing
 import re
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -436,3 +438,24 @@ def test_sources_buckets_and_cache_are_read_from_yaml_and_saved_as_they_were(tmp
         path.write_text(text.replace(source, wrong))
         with pytest.raises(ValueError, match="shards"):
             load_config(path)
+
+
+def _batches_within(limit: int, manifest: Manifest, settings: DataConfig, results: object) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    batches = list(loader_of(manifest, settings, stop_step=20))
+    results.put(([key for batch in batches for key in batch.keys], sum(len(one.quarantined) for one in batches)))
+
+
+def test_a_process_with_few_file_descriptors_reads_the_same_samples(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "many", counts=[4] * 120)
+    settings = config(tmp_path / "many", shards_per_block=120)
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for limit in (1024, 64):
+        results = context.Queue()
+        process = context.Process(target=_batches_within, args=(limit, manifest, settings, results))
+        process.start()
+        found.append(results.get(timeout=120))
+        process.join()
+    assert found[0] == found[1]
+    assert found[0][1] == 0

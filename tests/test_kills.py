@@ -158,7 +158,8 @@ def chain(
     checkpoints = folder / "run" / "checkpoints"
     told, problems = [], []
     for _ in range(rng.randint(2, 6)):
-        if counts.kills >= KILLS and counts.inside >= SHARE_INSIDE * KILLS:
+        killed = {int(how.split()[0]) for how in counts.how}
+        if counts.kills >= KILLS and counts.inside >= SHARE_INSIDE * KILLS and world in killed:
             break
         behind = counts.inside < (SHARE_INSIDE + 0.05) * (counts.kills + 1)
         kind = "write" if behind else rng.choice(("anywhere", "anywhere", "write", "after"))
@@ -197,11 +198,12 @@ def test_runs_killed_at_random_instants_end_byte_by_byte_as_the_undisturbed_run(
     with ForkServer() as server:
         whole = {world: undisturbed_run(server, tmp_path / f"undisturbed-{world}", words, world) for world in WORLDS}
         for number in range(3 * KILLS):  # about a third is needed
-            if counts.kills >= KILLS and counts.inside >= SHARE_INSIDE * KILLS:
+            killed = {int(how.split()[0]) for how in counts.how}
+            if counts.kills >= KILLS and counts.inside >= SHARE_INSIDE * KILLS and killed >= set(WORLDS):
                 break
             world = WORLDS[number % len(WORLDS)]
             chain(server, tmp_path / f"chain-{number}", words, world, whole[world], rng, counts)
-    # A worker asks every five seconds whether its training process is there.
+    # A worker asks every few seconds whether its training process is there.
     orphans = still_there(counts.orphans, 15.0)
     trials.report(
         "kills",
@@ -216,4 +218,5 @@ def test_runs_killed_at_random_instants_end_byte_by_byte_as_the_undisturbed_run(
     assert not counts.different, "\n".join(counts.different)
     assert not orphans, f"loader workers of {len(orphans)} of {len(counts.orphans)} killed processes never ended"
     assert counts.kills >= KILLS
+    assert {int(how.split()[0]) for how in counts.how} == set(WORLDS)
     assert counts.inside >= SHARE_INSIDE * KILLS

@@ -185,7 +185,7 @@ class _Stalls(MemoryFileSystem):
         def slow(*sizes: int) -> bytes:
             _Stalls.reads.append(time.monotonic())
             if len(_Stalls.reads) <= 2:
-                time.sleep(2)
+                time.sleep(60)
                 raise ConnectionError("too late for anyone to hear")
             return read(*sizes)
 
@@ -198,7 +198,7 @@ def test_a_driver_without_timeouts_is_given_up_and_tried_again(memory: str) -> N
     start = time.monotonic()
     assert read_bytes("stalls://bucket/sub/c.tar", FAST) == b"ccc"
     assert len(_Stalls.reads) >= 4  # two that hang, then the content and the end
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 60  # given up, and not waited for
     _Stalls.reads.clear()
     with pytest.raises(StorageError, match=r"in 2 attempts.*nothing came in 0\.3 s"):
         read_bytes("stalls://bucket/sub/c.tar", Retries(2, 0.3, 0.01))

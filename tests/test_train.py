@@ -24,6 +24,7 @@ from ldm.data.manifest import Manifest
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
 from ldm.train import INTERRUPTED, conditioning_of, latents_of
+from ldm.training.distributed import EngineError
 from ldm.training.optimizer import OptimizerConfig, learning_rate
 from ldm.training.outcome import RunFolderError
 
@@ -123,6 +124,37 @@ def test_sampling_and_validating_in_between_leave_the_run_as_it_was(undisturbed,
     assert names == ["step-00000007.png", "step-00000014.png", "step-00000020.png"]
     held_out = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert held_out == sorted(held_out, reverse=True)  # fixed draws: an average that learns falls without noise
+
+
+def test_a_grid_shows_the_average_of_its_step_whatever_is_logged(encoded_shards, tmp_path):
+    grids = []
+    for every in (1, 100):
+        run = tmp_path / f"log-{every}"
+        prompts = ("--previews.prompts=[red heart]", "--previews.every=3", "--previews.steps=2")
+        train(run, encoded_shards, "--training.steps=5", f"--metrics.log_every={every}", "--ema.decay=0.5", *prompts)
+        grids.append((run / "samples/step-00000003.png").read_bytes())
+    assert grids[0] == grids[1]
+
+
+def test_latest_is_put_right_where_a_kill_came_before_it(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    train(run, encoded_shards)
+    latest = run / "checkpoints/latest"
+    latest.unlink()
+    latest.symlink_to("step-00000010")
+    train(run, encoded_shards)
+    assert latest.resolve().name == "step-00000020"
+
+
+def test_a_failed_launch_is_told_also_where_the_run_had_finished(encoded_shards, tmp_path):
+    run = tmp_path / "run"
+    train(run, encoded_shards, "--training.steps=5", "--training.checkpoint_every=0")
+    assert json.loads((run / "status.json").read_text())["outcome"] == "finished"
+    with pytest.raises(FileNotFoundError):
+        train(run, tmp_path / "gone", "--training.steps=8")
+    status = json.loads((run / "status.json").read_text())
+    assert status["outcome"] == "failed"
+    assert "gone" in status["reason"]
 
 
 def test_no_grid_is_drawn_where_previews_are_off(encoded_shards, tmp_path):
@@ -306,7 +338,14 @@ def test_a_second_program_in_the_same_folder_is_refused_and_leaves_the_first_alo
     wait_for_steps(first, run, 2)
     with pytest.raises(RunFolderError, match="another program is training in"):
         train(run, encoded_shards, "--training.steps=2000")
-    assert json.loads((run / "status.json").read_text())["outcome"] == "running"
+    with pytest.raises(EngineError):  # found out before anyone asks who holds the folder
+        train(run, encoded_shards, "--distributed.processes=4")
+    second = launch(TORCHRUN_2, run, encoded_shards, "--training.steps=2000", ACCELERATE_USE_CPU="true")
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode != 0
+    assert output.count("RunFolderError: another program is training in") >= 2  # both processes say why
+    status = json.loads((run / "status.json").read_text())
+    assert (status["outcome"], status["pid"]) == ("running", first.pid)
     first.kill()
     first.communicate()
     train(run, encoded_shards, "--training.steps=6", "--optimizer.schedule=cosine")  # the lock went with the process

@@ -121,7 +121,8 @@ def make_shards(folder: Path, shape: tuple[int, int, int], count: int, samples: 
                 },
             }
 
-    write_shards(each(), folder, prefix="shard", samples_per_shard=samples, encoder={"weights": "none", "dtype": "float16"})
+    identity = {"weights": "none", "dtype": "float16"}
+    write_shards(each(), folder, prefix="shard", samples_per_shard=samples, encoder=identity)
     return folder
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in replay(options.run, options.step, options.position, options.shards):
             print(json.dumps({name: readable(value) for name, value in line.items()}))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         print(f"tools/replay.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -60,6 +60,10 @@ def replay(folder: Path, step: int, position: int | None, shards: str | None) ->
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the folder of a run that has begun")
     config = load_config(path)
+    if config.data.stream is not None:
+        raise ValueError(f"{folder} trains on data.stream, which has no order: its steps cannot be computed again")
+    if shards is not None and not isinstance(config.data.shards, str):
+        raise ValueError("--shards: the run has several sources; put them back where its config.yaml says")
     if not 1 <= step <= config.training.steps:
         raise ValueError(f"--step {step}: the run has steps 1 to {config.training.steps}")
     size = config.training.global_batch

@@ -21,7 +21,7 @@ from ldm.data.mixing import Place, Places, RunOrder
 from ldm.data.pictures import RAW_EXTENSIONS
 from ldm.data.quarantine import Quarantined
 from ldm.data.samples import Contents, Draws, Form, Sample, collate, decode_sample, draw
-from ldm.data.shards import DamagedSample, SampleViews, ShardReader, named_damage
+from ldm.data.shards import DamagedSample, SampleViews, ShardReader, files_to_hold, named_damage
 
 # At a quarantine limit of 1 %, 16 bad ones in a row have a chance of 1e-32: then the shards are at fault.
 RESERVES = 16
@@ -83,7 +83,7 @@ class SampleDataset(Dataset[Batch]):
             members=members,
         )
         # The buckets of a source may be a block apart, and a batch may lie across two blocks.
-        open_shards = 4 * max(16, config.shards_per_block)
+        open_shards = min(4 * max(16, config.shards_per_block), max(1, files_to_hold() // len(self.manifests)))
         labels = [""] if len(self.manifests) == 1 else [f"{number}:" for number in range(len(self.manifests))]
         self.readers = [
             ShardReader(manifest, config.verify, open_shards, label)

@@ -85,25 +85,25 @@ def _wait_for_end() -> None:
     os._exit(0)
 
 
-def _loader(dataset: SampleDataset, plan: _Plan, context: str | None) -> DataLoader[Batch]:
-    config = dataset.config
-    workers: dict[str, Any] = {}
+def loader_options(config: DataConfig, context: str | None) -> dict[str, Any]:
+    """Options of a DataLoader that every one of a run has: its workers, pinned memory, a generator of its own."""
+    options: dict[str, Any] = {
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # the loader draws a seed for its workers, which none of them uses
+    }
     if config.workers:
-        workers = {
+        options |= {
             "num_workers": config.workers,
             "prefetch_factor": config.prefetch,
             "persistent_workers": True,
             "worker_init_fn": start_worker,
             "multiprocessing_context": context,
         }
-    return DataLoader(
-        dataset,
-        batch_sampler=plan,
-        collate_fn=_whole,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the loader draws a seed for its workers, which none of them uses
-        **workers,
-    )
+    return options
+
+
+def _loader(dataset: SampleDataset, plan: _Plan, context: str | None) -> DataLoader[Batch]:
+    return DataLoader(dataset, batch_sampler=plan, collate_fn=_whole, **loader_options(dataset.config, context))
 
 
 def make_loader(

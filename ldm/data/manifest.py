@@ -287,7 +287,7 @@ class Manifest:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name, flushes it to the disk and renames it, so that it is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # process ids repeat from host to host
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOMENTS, FLIPPED, TEXT = "moments.npy", "flipped.npy", "text.npy"
+from ldm.data.shapes import MOMENTS as MOMENTS
+
+FLIPPED, TEXT = "flipped.npy", "text.npy"
 Members = Mapping[str, bytes | memoryview]
 """A sample's members by extension."""
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.data.shapes import PICTURE_EXTENSIONS
+
 FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 """What is read: Pillow's name of the format, and the extension of such a member."""
-RAW_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-"""Members that are pictures; the first that a sample has is its picture."""
+RAW_EXTENSIONS = PICTURE_EXTENSIONS
 
 
 class Picture(NamedTuple):

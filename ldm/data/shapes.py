@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-MOMENTS = "moments.npy"  # as in members.py, which imports torch: 1 s that indexing need not wait for
+MOMENTS = "moments.npy"
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 """Members that are pictures; the first that a sample has is its picture."""
 UNKNOWN = (0, 0)

@@ -4,10 +4,13 @@ In: samples as dicts of members to write; a shard's and a sample's number to rea
 Out: tars with their index and manifest; a sample's members as bytes, their checksums compared.
 """
 
+import contextlib
+import errno
 import io
 import json
 import mmap
 import os
+import resource
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -23,6 +26,19 @@ from ldm.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, shard_entry, 
 from ldm.data.members import Members
 from ldm.data.quarantine import Quarantined
 from ldm.data.shard_index import ShardIndex, index_path, leaves_folder, split_name
+
+# Of this process or machine, not of the shard: as a ledger line it would make a run depend on where it runs.
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def files_to_hold() -> int:
+    """How many shards this process may hold open: half of its file descriptors, of which it first asks for all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 16 if limit == resource.RLIM_INFINITY else max(1, limit // 2)
 
 
 class DamagedSample(Exception):
@@ -338,6 +354,8 @@ class ShardReader:
             except OSError as error:
                 if self.manifest.remote:
                     raise  # the cache's message names the URL
+                if error.errno in _OWN_FAULTS:
+                    raise
                 if isinstance(error, FileNotFoundError):
                     raise FileNotFoundError(f"{self.manifest.path(shard)} has vanished since the run began") from None
                 for row, sample in zip(rows[chosen].tolist(), samples[chosen].tolist(), strict=True):

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.batch import Batch
 from ldm.data.data_config import DataConfig
-from ldm.data.loader import rank_positions, start_worker
+from ldm.data.loader import loader_options, rank_positions
 from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_array
 from ldm.data.pictures import RAW_EXTENSIONS
 from ldm.data.quarantine import Quarantined
@@ -249,19 +248,5 @@ def make_stream_loader(
         start_step=start_step,
         stop_step=stop_step,
     )
-    workers: dict[str, Any] = {}
-    if config.workers:
-        workers = {
-            "num_workers": config.workers,
-            "prefetch_factor": config.prefetch,
-            "persistent_workers": True,
-            "worker_init_fn": start_worker,
-            "multiprocessing_context": context,
-        }
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the dataset gives whole batches
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the loader draws a seed for its workers, which none of them uses
-        **workers,
-    )
+    # Without a batch size: the dataset gives whole batches.
+    return DataLoader(dataset, batch_size=None, **loader_options(config, context))

@@ -91,7 +91,7 @@ def already_there(root: Path, final: Path) -> bool:
     root.mkdir(parents=True, exist_ok=True)
     if not final.exists() or _problem(final) is not None:
         return False
-    _point_latest(root, final)
+    point_latest(root, final)
     return True
 
 
@@ -137,7 +137,7 @@ def publish(root: Path, partial: Path, final: Path, written: Mapping[str, str], 
         shutil.rmtree(final)
     os.replace(partial, final)
     flush([root])
-    _point_latest(root, final)
+    point_latest(root, final)
     if keep:
         _prune(root, keep, final)
 
@@ -278,7 +278,8 @@ def flush(paths: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def _point_latest(root: Path, checkpoint: Path) -> None:
+def point_latest(root: Path, checkpoint: Path) -> None:
+    """Points `root/latest` to a complete checkpoint, at once."""
     temporary = root / f".latest{PARTIAL}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.name)

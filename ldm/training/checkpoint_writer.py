@@ -12,7 +12,6 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,8 +231,27 @@ def _copy_in_threads(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         for target, source in job:
             np.copyto(target, source)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(copy_all, jobs))
+    left = iter(jobs)
+    lock = threading.Lock()
+
+    def take_jobs() -> None:
+        while True:
+            with lock:
+                job = next(left, None)
+            if job is None:
+                return
+            copy_all(job)
+
+    # Plain threads: an executor takes no work once the interpreter has begun to end, which a write under way outlives.
+    others = [threading.Thread(target=take_jobs) for _ in range(min(8, os.cpu_count() or 1) - 1)]
+    try:
+        for thread in others:
+            thread.start()
+    except RuntimeError:  # no new threads at all from then on
+        others = [thread for thread in others if thread.ident is not None]
+    take_jobs()
+    for thread in others:
+        thread.join()
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:

@@ -27,7 +27,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, save_pipeline
 from ldm.pipeline_folder import FROZEN
 from ldm.training.bad_numbers import LOG, BadSteps
-from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete
+from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, point_latest
 from ldm.training.checkpoint_writer import CheckpointWriter
 from ldm.training.distributed import Agreement, BatchSplit
 from ldm.training.ema import EMA
@@ -134,6 +134,11 @@ def check_parts(
     for name in ("in_channels", "out_channels"):
         if getattr(unet, name) != channels:
             problems.append(f"unet.{name} is {getattr(unet, name)}, but the autoencoder's latents have {channels}")
+    if unet.pooled_channels:
+        problems.append(
+            "unet.addition_embed_type is text_time: such a network takes sizes, which each batch has, and pooled text, "
+            "which no text encoder here gives yet"
+        )
     if unet.cross_attention_dim != text_encoder.hidden_size:
         problems.append(
             f"unet.cross_attention_dim is {unet.cross_attention_dim}, "
@@ -181,6 +186,8 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
     found: list[str | None] = [None]
     if run.accelerator.is_main_process:
         newest = newest_complete(run.run_dir / "checkpoints", say)
+        if newest is not None:
+            point_latest(newest.parent, newest)  # a kill may have come between its name and this, or before it altered
         found = [str(newest) if newest else None]
     name = broadcast_object_list(found)[0]
     step = 0
@@ -211,9 +218,10 @@ def restore(run: Run, checkpoint: Path, say: Callable[[str], None]) -> int:
             f"{checkpoint} belongs to a run with other settings:\n  " + "\n  ".join(changed) + "\nPut them back to "
             "resume, or give another --run_dir to start a run of its own."
         )
-    before, steps = saved["training"]["steps"], run.config.training.steps
-    if before != steps and run.config.optimizer.schedule != "constant":
-        say(f"training.steps was {before} and is now {steps}: the learning rate follows the {steps} from here on")
+    for section, name in (("training", "steps"), ("optimizer", "lr")):
+        before, now = saved[section][name], to_dict(run.config)[section][name]
+        if before != now:
+            say(f"{section}.{name} was {before} and is now {now}: the learning rate follows it from here on")
     run.pipeline.unet.load_state_dict(state.weights)
     load_optimizer_tensors(run.optimizer.optimizer, state.optimizer)
     run.ema.load_state_dict(average, state.ema_updates)

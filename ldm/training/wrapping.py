@@ -83,10 +83,6 @@ def settle_buckets(
         return
     x = torch.zeros(micro_batch, config.in_channels, side, side, device=accelerator.device)
     text = torch.zeros(micro_batch, text_length, config.cross_attention_dim, device=accelerator.device)
-    pooled = sizes = None
-    if config.pooled_channels:
-        pooled = torch.zeros(micro_batch, config.pooled_channels, device=accelerator.device)
-        sizes = torch.zeros(micro_batch, 6, device=accelerator.device)
     t = torch.zeros(micro_batch, dtype=torch.int64, device=accelerator.device)
-    accelerator.backward(network(x, t, Conditioning(text, pooled, sizes)).square().mean())
+    accelerator.backward(network(x, t, Conditioning(text)).square().mean())
     network.zero_grad(set_to_none=True)
