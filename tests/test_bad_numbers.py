@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,9 @@ def test_too_many_in_a_row_end_the_run_with_the_weights_of_before(encoded_shards
     with pytest.raises(BadNumbersError, match=r"3 steps in a row up to step 10.*bad_steps_allowed is 2"):
         train(tmp_path / "run", encoded_shards, "--training.steps=12", *options)
     assert json.loads((tmp_path / "run/status.json").read_text())["outcome"] == "failed"
+    for thread in threading.enumerate():  # as the interpreter does at its end
+        if thread.name == "checkpoint writer":
+            thread.join()
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-00000009"
     a, b = tmp_path / "run/checkpoints/step-00000007", tmp_path / "run/checkpoints/step-00000009"
     assert_same_state(a, b)

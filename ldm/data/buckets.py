@@ -14,7 +14,8 @@ import xxhash
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from ldm.data.manifest import Manifest, write_whole
+from ldm.data.manifest import Manifest
+from ldm.data.storage import write_whole
 
 Shape = tuple[int, int]
 """Height and width in pixels."""

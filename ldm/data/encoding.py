@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.buckets import BucketConfig, Shape, assign, bucket_shapes
 from ldm.data.loader import start_worker
-from ldm.data.manifest import Manifest, write_whole
+from ldm.data.manifest import Manifest
 from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json, original_size
 from ldm.data.pictures import Picture, decode_picture, normalize
 from ldm.data.quarantine import Ledger, Quarantined
 from ldm.data.shards import DamagedSample, ShardReader, write_shard
+from ldm.data.storage import write_whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import weights_hash
 from ldm.models.text_encoder import TextEncoder

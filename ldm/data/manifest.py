@@ -22,7 +22,7 @@ from ldm.data.quarantine import Quarantined
 from ldm.data.remote_index import announced_size, find_shards, in_threads, index_url
 from ldm.data.shard_index import ManifestError, ShardIndex, index_path
 from ldm.data.shard_list import COLUMNS, ShardEntry, ShardList
-from ldm.data.storage import DEFAULT_RETRIES, Retries, is_http, is_url, join, list_files, read_bytes, size
+from ldm.data.storage import DEFAULT_RETRIES, Retries, is_http, is_url, join, list_files, read_bytes, size, write_whole
 
 if TYPE_CHECKING:
     from ldm.data.cache import ShardCache
@@ -283,16 +283,6 @@ class Manifest:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_indexes": OrderedDict()}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to the disk and renames it, so that it is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # process ids repeat from host to host
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -307,3 +308,13 @@ def list_files(url: str, retries: Retries) -> dict[str, int | None]:
     names = [entry["name"].rpartition("/")[2] for entry in entries]
     sizes = [entry["size"] for entry in entries]
     return dict(sorted(zip(map(unquote, names) if is_http(url) else names, sizes, strict=True)))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, flushes it to the disk and renames it, so that it is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # process ids repeat from host to host
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
