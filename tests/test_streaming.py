@@ -568,7 +568,21 @@ def test_a_command_is_an_error_that_names_setting_and_command_and_does_not_run(t
     assert not mark.exists()
 
 
-def test_nothing_but_a_pipe_url_reaches_the_shell(tmp_path: Path) -> None:
+def test_no_shell_reads_a_command(tmp_path: Path, raw: Path) -> None:
+    mark = tmp_path / "ran"
+    for words in ("true; touch", "cat $(touch", "true | touch", "true >"):
+        with pytest.raises(StreamError):
+            loader_of(stream(f"pipe:{words} {mark}", allow_pipe=True, attempts=1, timeout=2.0))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("url", "message"), [("pipe:cat 'a", "No closing quotation"), ("pipe:", "names no program")])
+def test_a_command_that_cannot_be_read_is_an_error_at_start(tmp_path: Path, url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.stream\.urls: .*{message}"):
+        stream(tmp_path / "a.tar", url, allow_pipe=True)
+
+
+def test_nothing_but_a_pipe_url_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     for url in (
         f"| touch {mark}",
@@ -585,10 +599,11 @@ def test_nothing_but_a_pipe_url_reaches_the_shell(tmp_path: Path) -> None:
 def test_a_command_that_fails_stalls_or_gives_too_little_is_a_ledger_line(raw: Path) -> None:
     tar = raw / "s-0.tar"
     commands = {
-        f"pipe:cat {tar}; exit 3": "after its end-of-archive mark",
-        "pipe:exit 4": "ended with status 4",
+        f"pipe:sh -c 'cat {tar}; exit 3'": "after its end-of-archive mark",
+        "pipe:sh -c 'exit 4'": "ended with status 4",
         f"pipe:head -c 20000 {tar}": "the file ends",
-        f"pipe:head -c 20000 {tar}; sleep 602": "TimeoutError",
+        f"pipe:sh -c 'head -c 20000 {tar}; sleep 602'": "TimeoutError",
+        "pipe:no-such-program {tar}": "'no-such-program' cannot be run",
         "pipe:true": "empty file",
     }
     source = stream(tar, *commands, allow_pipe=True, attempts=1, timeout=0.5, shuffle_buffer=1)
@@ -600,10 +615,10 @@ def test_a_command_that_fails_stalls_or_gives_too_little_is_a_ledger_line(raw: P
     for command, reason in commands.items():
         (found,) = reasons[command]
         assert reason in found
-    assert "status 3" in next(iter(reasons[f"pipe:cat {tar}; exit 3"]))
+    assert "status 3" in next(iter(reasons[f"pipe:sh -c 'cat {tar}; exit 3'"]))
     # The first command gives its 30 samples whole, the two cut ones none that is not.
     given = Counter(key.rpartition("/")[0] for key in keys_of(batches))
-    assert given[f"pipe:cat {tar}; exit 3"] >= SAMPLES
+    assert given[f"pipe:sh -c 'cat {tar}; exit 3'"] >= SAMPLES
     for batch in batches:
         for row, key in enumerate(batch.keys):
             number = number_of("s-0" + key[-4:])[1]
@@ -614,7 +629,7 @@ def test_a_command_that_fails_stalls_or_gives_too_little_is_a_ledger_line(raw: P
 @pytest.mark.parametrize("command", ["cat {tar}; sleep {length}", "(cat {tar}; exec sleep {length}) | cat"])
 def test_commands_do_not_outlive_their_stream(raw: Path, workers: int, command: str) -> None:
     length = f"601.{os.getpid()}{workers}"
-    url = "pipe:" + command.format(tar=raw / "s-0.tar", length=length)
+    url = f"pipe:sh -c '{command.format(tar=raw / 's-0.tar', length=length)}'"
     source = stream(url, allow_pipe=True, shuffle_buffer=1)
     batches: Iterator[Batch] = iter(loader_of(source, config(workers=workers, prefetch=1), micro_batch=4))
     next(batches)
@@ -679,4 +694,4 @@ def test_the_first_lines_say_what_is_not_exact_and_what_is() -> None:
         assert part in text
     assert "shell" not in text
     text = " ".join(stream_lines(StreamConfig(urls=["pipe:cat {a,b}.tar", "c.tar"], allow_pipe=True)))
-    assert "2 of the tars are commands that run through the shell" in text
+    assert "2 of the tars are programs that run here" in text

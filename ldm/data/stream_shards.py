@@ -6,6 +6,7 @@ Out: samples (shard, key, members); what was lost on the way, each with its reas
 
 import os
 import random
+import shlex
 import signal
 import tarfile
 from collections import Counter, deque
@@ -22,7 +23,18 @@ from webdataset.tariterators import group_by_keys
 from ldm.data.indexing import META_MEMBER, ForwardPass, Stream, bad_end
 from ldm.data.shard_index import BLOCK, leaves_folder, split_name
 from ldm.data.shards import DamagedSample
-from ldm.data.storage import Retries, ShortBodyError, expand, is_http, is_url, open_stream, retried, split, within
+from ldm.data.storage import (
+    Retries,
+    ShortBodyError,
+    StorageError,
+    expand,
+    is_http,
+    is_url,
+    open_stream,
+    retried,
+    split,
+    within,
+)
 
 T = TypeVar("T")
 
@@ -45,9 +57,10 @@ class StreamConfig:
 
     urls: list[str]
     """Tars: local paths or URLs that fsspec opens (https://, s3://, gs://, ...), with braces for several, such as
-    "s3://bucket/{00000..01023}.tar"; "pipe:COMMAND", a command that writes a tar, only with `allow_pipe`."""
+    "s3://bucket/{00000..01023}.tar"; "pipe:PROGRAM ARGUMENTS", which writes a tar, only with `allow_pipe`."""
     allow_pipe: bool = False
-    """Run "pipe:" commands through the shell: whoever writes the config then runs programs as the user who trains."""
+    """Run the programs of "pipe:" URLs: whoever writes the config then runs programs as the user who trains. No shell
+    reads them: |, ; and $ are arguments like others."""
     shuffle_buffer: int = 1000
     """Samples that each reading process holds and mixes; 1 keeps the order of each tar."""
     attempts: int = 5
@@ -66,9 +79,14 @@ class StreamConfig:
         for url in self.tars if not self.allow_pipe else ():
             if is_pipe(url):
                 raise ValueError(
-                    f"data.stream.urls has {url!r}, a command for the shell, but data.stream.allow_pipe is false: set "
-                    "it if you trust whoever wrote this config, or give a path or URL"
+                    f"data.stream.urls has {url!r}, a program to run, but data.stream.allow_pipe is false: set it if "
+                    "you trust whoever wrote this config, or give a path or URL"
                 )
+        for url in filter(is_pipe, self.tars):
+            try:
+                command(url)
+            except ValueError as error:
+                raise ValueError(f"data.stream.urls: {error}") from error
 
     @property
     def tars(self) -> list[str]:
@@ -101,6 +119,21 @@ class Streamed(NamedTuple):
 def is_pipe(url: str) -> bool:
     """Whether this is a command that writes a tar."""
     return url.startswith(PIPE)
+
+
+def command(url: str) -> list[str]:
+    """Program and arguments of a "pipe:" URL, by a shell's rules for quotes alone: no shell reads it.
+
+    Raises:
+        ValueError: a quote is not closed, or there is no program.
+    """
+    try:
+        words = shlex.split(url.removeprefix(PIPE))
+    except ValueError as error:
+        raise ValueError(f"{url!r}: {error}") from error
+    if not words:
+        raise ValueError(f"{url!r} names no program")
+    return words
 
 
 def shard_names(tars: list[str]) -> dict[str, str]:
@@ -338,8 +371,12 @@ def _opened(url: str, timeout: float) -> Iterator[Stream]:
 
 @contextmanager
 def _output(url: str, timeout: float) -> Iterator[Stream]:
-    # webdataset's pipe, in a process group of its own: a command that does not notice that nobody reads is ended.
-    pipe = Pipe(url.removeprefix(PIPE), mode="rb", shell=True, bufsize=-1, start_new_session=True)
+    words = command(url)
+    try:
+        # webdataset's pipe, in a process group of its own: a command that does not notice that nobody reads is ended.
+        pipe = Pipe(words, mode="rb", bufsize=-1, start_new_session=True)
+    except OSError as error:
+        raise StorageError(f"the program {words[0]!r} cannot be run: {error}") from error
     try:
         yield _Output(pipe, timeout)
     finally:

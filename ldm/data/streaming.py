@@ -57,7 +57,7 @@ def stream_lines(stream: StreamConfig) -> list[str]:
         "with indexed shards",
     ]
     if pipes := sum(map(is_pipe, tars)):
-        lines.append(f"  data.stream.allow_pipe is set: {pipes:,} of the tars are commands that run through the shell")
+        lines.append(f"  data.stream.allow_pipe is set: {pipes:,} of the tars are programs that run here")
     return lines
 
 
