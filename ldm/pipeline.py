@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ldm.data.draws import Purpose, normal
-from ldm.diffusion.denoiser import denoiser, guided
+from ldm.diffusion.denoiser import denoiser
+from ldm.diffusion.guidance import guided
 from ldm.diffusion.objective import TargetName
 from ldm.diffusion.samplers import SAMPLERS, Noise, Progress, start
-from ldm.diffusion.schedule import Schedule, sigmas
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.spacing import sigmas
 from ldm.models.autoencoder import AutoencoderKL, unscale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.pretrained import save_component
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 from ldm.models.unet import UNet
 from ldm.pipeline_folder import (
     FROZEN,
@@ -46,8 +48,8 @@ class Pipeline:
     """The network, in eval mode when it samples."""
     autoencoder: AutoencoderKL
     """Between latents and pictures; it decodes in its own dtype, float32 as loaded here."""
-    text_encoder: TextEncoder
-    """From captions to states."""
+    text_encoder: TextConditioner
+    """From captions to states, and to pooled text of a pair of encoders."""
     schedule: Schedule
     """The noise levels of training."""
     parameterization: TargetName
@@ -94,7 +96,9 @@ def load_pipeline(
     if channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False).to(device)
-    pipeline = Pipeline(unet, autoencoder, TextEncoder.from_pipeline(folder, device), schedule, parameterization, dtype)
+    pipeline = Pipeline(
+        unet, autoencoder, TextConditioner.from_pipeline(folder, device), schedule, parameterization, dtype
+    )
     check_fit(pipeline, folder)
     return pipeline
 
@@ -143,7 +147,7 @@ def save_pipeline(
     save_component(state, unet.config.to_dict(), folder / "unet", class_name="UNet2DConditionModel")
     if frozen_from is None:
         pipeline.autoencoder.save_pretrained(folder / "vae")
-        pipeline.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+        pipeline.text_encoder.save(folder)
     else:
         check_files(frozen_from)
         for name in FROZEN:
@@ -154,10 +158,9 @@ def save_pipeline(
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], negative: str = "") -> tuple[Conditioning, Conditioning]:
     """Conditioning of B prompts, and B times that of what guidance leads away from: by default the empty caption."""
-    text = pipeline.text_encoder.encode(prompts)  # (B, L, D)
-    without = pipeline.text_encoder.encode([negative]) if negative else pipeline.text_encoder.empty()  # (1, L, D)
-    conditioning, unconditional = (Conditioning(states).to(dtype=torch.float32) for states in (text, without))
-    return conditioning, unconditional.expand(len(prompts))
+    conditioning = pipeline.text_encoder.encode(prompts).to(dtype=torch.float32)
+    without = pipeline.text_encoder.encode([negative]) if negative else pipeline.text_encoder.empty()  # one row
+    return conditioning, without.to(dtype=torch.float32).expand(len(prompts))
 
 
 def initial_noise(pipeline: Pipeline, seed: int, indices: Sequence[int]) -> Tensor:

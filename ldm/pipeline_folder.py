@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.diffusion.objective import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 
 PIPELINE_CLASS = "StableDiffusionPipeline"
 INDEX = "model_index.json"
@@ -89,7 +89,7 @@ def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
     return Schedule(config), names[prediction]
 
 
-def write_index(folder: Path, text_encoder: TextEncoder) -> None:
+def write_index(folder: Path, text_encoder: TextConditioner) -> None:
     """Writes model_index.json: which class of which library opens each folder."""
     values = {
         "_class_name": PIPELINE_CLASS,
@@ -98,8 +98,8 @@ def write_index(folder: Path, text_encoder: TextEncoder) -> None:
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", type(text_encoder.model).__name__],
-        "tokenizer": ["transformers", type(text_encoder.tokenizer).__name__],
+        "text_encoder": ["transformers", type(text_encoder.encoders[0].model).__name__],
+        "tokenizer": ["transformers", type(text_encoder.encoders[0].tokenizer).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.diffusion.samplers import SAMPLERS, Progress
-from ldm.diffusion.schedule import SPACINGS
+from ldm.diffusion.spacing import SPACINGS
 from ldm.grid import labelled_grid, save_png
 from ldm.models.text_encoder import DTYPES
 from ldm.pipeline import Pipeline, generate, load_pipeline

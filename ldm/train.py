@@ -159,12 +159,10 @@ def latents_of(run: Run, batch: Batch) -> Tensor:
 @torch.no_grad()
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     """Text states (B, L, D), those of dropped captions being the encoder's own empty caption's; and sizes (B, 6)."""
-    states = batch.text_states
-    if states is None:
-        states = run.pipeline.text_encoder.encode(batch.captions)
-    empty = run.pipeline.text_encoder.empty().float()
-    text = torch.where(batch.dropped[:, None, None], empty, states.float())
-    return Conditioning(text=text, sizes=batch.sizes)
+    text_encoder, states = run.pipeline.text_encoder, batch.text_states
+    given = text_encoder.encode(batch.captions) if states is None else Conditioning(states)
+    text = given.where(batch.dropped, text_encoder.empty())
+    return Conditioning(text.text, text.pooled, batch.sizes)
 
 
 def measure(run: Run, done: int, latents: Tensor, clock: Clock) -> dict[str, Any]:

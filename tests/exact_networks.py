@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, denoiser, unguided
+from ldm.diffusion.denoiser import Denoise, denoiser
+from ldm.diffusion.guidance import unguided
 from ldm.diffusion.samplers import Noise
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.conditioning import Conditioning

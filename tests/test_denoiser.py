@@ -10,7 +10,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
-from ldm.diffusion.denoiser import Denoiser, denoiser, guided, in_interval, unguided
+from ldm.diffusion.denoiser import Denoiser, denoiser
+from ldm.diffusion.guidance import guided, in_interval, unguided
 from ldm.diffusion.schedule import TERMINAL_SIGMA, Schedule, ScheduleConfig
 from ldm.models.conditioning import Conditioning
 

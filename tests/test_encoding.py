@@ -23,7 +23,7 @@ from ldm.data.quarantine import Ledger
 from ldm.data.shards import ShardReader
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import resolve_source
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 from tools import encode_latents
 
 
@@ -58,7 +58,7 @@ def test_moments_are_those_of_diffusers_on_pictures_in_minus_one_to_one_raw_and_
 def test_text_states_are_those_of_the_text_encoder(encoded_shards):
     manifest = Manifest.load(encoded_shards)
     members = ShardReader(manifest).members(0, 5)
-    states = TextEncoder(load_config(DEBUG).text_encoder).encode([members["txt"].decode()])[0]
+    states = TextConditioner.load([load_config(DEBUG).text_encoder]).encode([members["txt"].decode()]).text[0]
     stored = decode_floats(members, "text.npy", tuple(states.shape))
     np.testing.assert_allclose(stored, states.numpy(), atol=2e-3)
 
@@ -177,7 +177,7 @@ def encode_in_buckets(raw, out, buckets, **options):
     """What the tool does, without its launcher; the manifest of the encoded shards."""
     config, encoding = load_config(DEBUG), EncodingConfig(workers=0, batch_size=3, dtype="float32", **options)
     autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).eval()
-    manifest, text_encoder = Manifest.load(raw), TextEncoder(config.text_encoder)
+    manifest, text_encoder = Manifest.load(raw), TextConditioner.load([config.text_encoder])
     out.mkdir()
     done = encode_shards(
         manifest,

@@ -185,7 +185,7 @@ def test_prompts_show_and_guidance_of_one_ignores_the_negative(pipeline) -> None
 
 def test_unconditional_states_are_those_that_dropped_captions_are_trained_with(pipeline) -> None:
     conditioning, unconditional = encode_prompts(pipeline, PROMPTS)
-    assert torch.equal(unconditional.text, pipeline.text_encoder.empty().expand(4, -1, -1))
+    assert torch.equal(unconditional.text, pipeline.text_encoder.empty().text.expand(4, -1, -1))
     assert torch.equal(conditioning.text[1], unconditional.text[0])  # PROMPTS[1] is ""
 
 
@@ -212,7 +212,7 @@ def test_generating_moves_no_global_generator_and_leaves_the_encoder_usable_in_t
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     layer = torch.nn.Linear(pipeline.text_encoder.hidden_size, 1)
-    layer(pipeline.text_encoder.empty()).sum().backward()  # cached while sampling: no inference tensor may stay
+    layer(pipeline.text_encoder.empty().text).sum().backward()  # cached while sampling: no inference tensor may stay
 
 
 def test_lower_precision_is_used_and_stays_close(pipeline, saved) -> None:
@@ -338,7 +338,7 @@ def test_parts_that_do_not_fit_each_other_are_named(pipeline, saved, tmp_path) -
     shutil.copytree(saved, tmp_path / "p")
     shutil.rmtree(tmp_path / "p" / "text_encoder")
     shutil.rmtree(tmp_path / "p" / "tokenizer")
-    make_pipeline(MINILM).text_encoder.save(tmp_path / "p" / "text_encoder", tmp_path / "p" / "tokenizer")
+    make_pipeline(MINILM).text_encoder.save(tmp_path / "p")
     with pytest.raises(ValueError, match=r"cross_attention_dim is 32, but the states of text_encoder/ are 384 wide"):
         load_pipeline(tmp_path / "p")
     shutil.rmtree(tmp_path / "p" / "unet")

@@ -14,6 +14,7 @@ from torch import nn
 
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.pretrained import (
+    Weights,
     build_from_weights,
     config_from_dict,
     load_weights,
@@ -102,7 +103,7 @@ def test_load_weights_copies_every_tensor_and_keeps_the_dtype_of_the_module(tmp_
     save_file(state, tmp_path / "model.safetensors")
     target = network().double()
     pointers = [p.data_ptr() for p in target.parameters()]
-    load_weights(target, tmp_path, what="network")
+    load_weights(target, Weights(tmp_path, "network"))
     assert {p.dtype for p in target.parameters()} == {torch.float64}
     assert all(torch.equal(v, state[k].to(v.dtype)) for k, v in target.state_dict().items())
     assert pointers == [p.data_ptr() for p in target.parameters()]  # in place: optimizers keep their references
@@ -117,7 +118,7 @@ def test_all_that_does_not_fit_is_listed_in_one_error_and_the_module_is_left_alo
     target = network()
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(ValueError, match=r"network: .* \(4 differences, 8 tensors in the model\)") as error:
-        load_weights(target, tmp_path / WEIGHTS, what="network")
+        load_weights(target, Weights(tmp_path / WEIGHTS, "network"))
     for line in (
         "missing: 0.bias (4,)",
         "missing: 1.running_var (4,)",
@@ -133,15 +134,15 @@ def test_all_that_does_not_fit_is_listed_in_one_error_and_the_module_is_left_alo
 def test_pickles_are_refused_as_a_file_and_as_all_that_a_folder_holds(tmp_path: Path, name: str) -> None:
     torch.save(network().state_dict(), tmp_path / name)
     with pytest.raises(ValueError, match=r"is a pickle, which can run code .* only .safetensors is read"):
-        load_weights(network(), tmp_path / name, what="network")
+        load_weights(network(), Weights(tmp_path / name, "network"))
     with pytest.raises(FileNotFoundError, match=rf"no safetensors weights .* found {name} \(pickles are not read\)"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def test_a_pickle_under_a_safetensors_name_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     content = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(content[:-5])
     with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def write_shards(folder: Path, index_name: str = f"{WEIGHTS}.index.json") -> dict[str, torch.Tensor]:
@@ -169,7 +170,7 @@ def test_sharded_weights_are_read_from_all_shards(tmp_path: Path, index_name: st
     for path in (tmp_path, tmp_path / index_name):
         target = network()
         nn.init.zeros_(target[0].weight)
-        load_weights(target, path, what="network")
+        load_weights(target, Weights(path, "network"))
         assert all(torch.equal(v, state[k]) for k, v in target.state_dict().items())
 
 
@@ -177,16 +178,16 @@ def test_a_missing_shard_a_shard_elsewhere_and_a_broken_index_are_refused(tmp_pa
     write_shards(tmp_path)
     (tmp_path / "part-2.safetensors").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"names part-2.safetensors, of which there is no file"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
     index = tmp_path / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"0.weight": "../part-1.safetensors"}}))
     with pytest.raises(
         ValueError, match=r"names the shard '../part-1.safetensors', expected a .safetensors file beside"
     ):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
     index.write_text("[]")
     with pytest.raises(ValueError, match="is no index of sharded safetensors"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
@@ -195,15 +196,15 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
         {"0.weight": state["0.weight"], **load_file(tmp_path / "part-2.safetensors")}, tmp_path / "part-2.safetensors"
     )
     with pytest.raises(ValueError, match=r"'0\.weight' is stored twice"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def test_several_files_without_an_index_are_not_guessed_among(tmp_path: Path) -> None:
     save_file(network().state_dict(), tmp_path / "a.fp16.safetensors")
-    load_weights(network(), tmp_path, what="network")  # the only one is no guess
+    load_weights(network(), Weights(tmp_path, "network"))  # the only one is no guess
     save_file(network().state_dict(), tmp_path / "b.safetensors")
     with pytest.raises(FileNotFoundError, match=r"found a.fp16.safetensors, b.safetensors"):
-        load_weights(network(), tmp_path, what="network")
+        load_weights(network(), Weights(tmp_path, "network"))
 
 
 def test_build_from_weights_draws_nothing_and_leaves_no_tensor_unset(tmp_path: Path) -> None:
@@ -211,9 +212,8 @@ def test_build_from_weights_draws_nothing_and_leaves_no_tensor_unset(tmp_path: P
     state = torch.get_rng_state()
     built = build_from_weights(
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False)),
-        tmp_path,
-        what="network",
-        dtype=torch.bfloat16,
+        Weights(tmp_path, "network"),
+        torch.bfloat16,
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert {p.device.type for p in built.parameters()} == {"cpu"}

@@ -20,9 +20,11 @@ from exact_networks import (
 )
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, denoiser, unguided
+from ldm.diffusion.denoiser import Denoise, denoiser
+from ldm.diffusion.guidance import unguided
 from ldm.diffusion.samplers import SAMPLERS, Noise, ddim, ddpm, dpmpp_2m, euler, heun, start
-from ldm.diffusion.schedule import TERMINAL_SIGMA, sigmas
+from ldm.diffusion.schedule import TERMINAL_SIGMA
+from ldm.diffusion.spacing import sigmas
 
 
 @pytest.mark.parametrize("parameterization", ["v", "x0"])

@@ -17,7 +17,7 @@ from exact_networks import NOTHING, SCHEDULE, ZERO_SNR, assert_same, denoise_wit
 from torch import Tensor
 
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, start
-from ldm.diffusion.schedule import sigmas
+from ldm.diffusion.spacing import sigmas
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STEPS = [5, 10, 20, 50]

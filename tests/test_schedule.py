@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from ldm.diffusion.schedule import BETA_SCHEDULES, SPACINGS, TERMINAL_SIGMA, Schedule, ScheduleConfig, sigmas
+from ldm.diffusion.schedule import BETA_SCHEDULES, TERMINAL_SIGMA, Schedule, ScheduleConfig
+from ldm.diffusion.spacing import SPACINGS, sigmas
 
 NAMES = [*BETA_SCHEDULES]
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

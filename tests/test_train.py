@@ -22,7 +22,8 @@ from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest
 from ldm.models.pretrained import resolve_source
-from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
+from ldm.models.text_conditioner import TextConditioner
+from ldm.models.text_encoder import TextEncoderConfig
 from ldm.train import INTERRUPTED, conditioning_of, latents_of
 from ldm.training.distributed import EngineError
 from ldm.training.optimizer import OptimizerConfig, learning_rate
@@ -183,7 +184,7 @@ def first_batch(shards: Path, dropout: float) -> Batch:
 def test_dropped_captions_get_the_text_encoders_own_empty_caption(kind, request):
     # Text computed beforehand, or here: in both cases the states are dropped, not a text that nobody reads.
     batch = first_batch(request.getfixturevalue(kind), dropout=0.5)
-    encoder = TextEncoder(TextEncoderConfig(MINILM, max_length=16, attention_mask=True))
+    encoder = TextConditioner.load([TextEncoderConfig(MINILM, max_length=16, attention_mask=True)])
     folder = resolve_source(MINILM)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     captions = ["" if drop else text for drop, text in zip(batch.dropped, batch.captions, strict=True)]

@@ -7,7 +7,8 @@ import torch
 from ldm.diffusion.objective import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
+from ldm.models.text_conditioner import TextConditioner
+from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
 
@@ -86,7 +87,7 @@ def make_pipeline(
     size: int = 8,
 ) -> Pipeline:
     """A pipeline of random parts around the text encoder of `source`; pictures of 2 * size pixels."""
-    text_encoder = TextEncoder(TextEncoderConfig(source, max_length=LENGTH, attention_mask=attention_mask))
+    text_encoder = TextConditioner.load([TextEncoderConfig(source, max_length=LENGTH, attention_mask=attention_mask)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         unet = UNet(

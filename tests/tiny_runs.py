@@ -15,7 +15,8 @@ import yaml
 from ldm.data.encoding import EncodingConfig, encoder_identity
 from ldm.data.shards import write_shards
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
+from ldm.models.text_conditioner import TextConditioner
+from ldm.models.text_encoder import TextEncoderConfig
 
 STEPS = 24
 LOGGED = ("step", "loss", "loss_quarter_1", "loss_quarter_4", "captions_dropped", "lr", "grad_norm", "latent_std",
@@ -27,7 +28,7 @@ def make(folder: Path) -> list[str]:
     """Models, 55 encoded samples in 4 shards, one of them damaged, and a config; the words that name it."""
     folder.mkdir(parents=True)
     tiny_models.make_clip(folder / "text_encoder")
-    text_encoder = TextEncoder(TextEncoderConfig(str(folder / "text_encoder"), max_length=8))
+    text_encoder = TextConditioner.load([TextEncoderConfig(str(folder / "text_encoder"), max_length=8)])
     torch.manual_seed(5)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     autoencoder = AutoencoderKL(
@@ -37,7 +38,7 @@ def make(folder: Path) -> list[str]:
     rng = np.random.default_rng(5)
     captions = [f"{('red', 'ape', 'pea')[i % 3]} {i}" for i in range(55)]
     with torch.no_grad():
-        states = text_encoder.encode(captions).numpy().astype(np.float16)
+        states = text_encoder.encode(captions).text.numpy().astype(np.float16)
     samples = [
         {
             "__key__": f"{i:05d}",

@@ -21,7 +21,7 @@ from ldm.data.quarantine import FEWEST_SEEN, Ledger, QuarantineLimitError
 from ldm.data.storage import is_url
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import resolve_source
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 from ldm.training.distributed import start_accelerator
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"raw and encoded shards have the same folder {raw}: set data.shards to another")
     accelerator = start_accelerator(config.distributed, "no")
     autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).eval().to(accelerator.device)
-    text_encoder = TextEncoder(config.text_encoder, accelerator.device)
+    text_encoder = TextConditioner.load([config.text_encoder], accelerator.device)
     for raw, out in pairs:
         encode_folder(Path(raw), Path(out), config, accelerator, autoencoder, text_encoder)
     accelerator.end_training()
@@ -57,7 +57,7 @@ def encode_folder(
     config: RunConfig,
     accelerator: Accelerator,
     autoencoder: AutoencoderKL,
-    text_encoder: TextEncoder,
+    text_encoder: TextConditioner,
 ) -> None:
     """Encodes one folder of raw shards; the manifest comes last, when all processes are done."""
     manifest = Manifest.load(raw)

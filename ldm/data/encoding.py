@@ -32,7 +32,7 @@ from ldm.data.shards import DamagedSample, ShardReader, write_shard
 from ldm.data.storage import write_whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import weights_hash
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 
 IDENTITY_NAME = "encoder.json"
 
@@ -64,7 +64,7 @@ class EncodingConfig:
 
 def encoder_identity(
     autoencoder: AutoencoderKL,
-    text_encoder: TextEncoder,
+    text_encoder: TextConditioner,
     resolution: int,
     config: EncodingConfig,
     *,
@@ -90,8 +90,7 @@ def encoder_identity(
         "buckets": None if shapes is None else [list(shape) for shape in shapes],
         "flipped": config.flipped,
         "dtype": config.dtype,
-        "text_encoder": text_encoder.identity() if text_states else None,
-    }
+    } | {name: one if text_states else None for name, one in text_encoder.identity().items()}
 
 
 # How moments are stored does not change what they are moments of.
@@ -204,7 +203,7 @@ def encode_shards(
     shards: Sequence[int],
     out: Path,
     autoencoder: AutoencoderKL,
-    text_encoder: TextEncoder | None,
+    text_encoder: TextConditioner | None,
     ledger: Ledger,
     *,
     resolution: int,
@@ -253,7 +252,7 @@ def encode_shards(
 def encode_batch(
     batch: Sequence[Decoded],
     autoencoder: AutoencoderKL,
-    text_encoder: TextEncoder | None,
+    text_encoder: TextConditioner | None,
     config: EncodingConfig,
     device: torch.device,
 ) -> list[dict[str, Any]]:
@@ -261,7 +260,7 @@ def encode_batch(
     images = normalize(np.stack([one.picture.pixels for one in batch])).to(device)  # (B, 3, H, W) in [-1, 1]
     moments = _stored(autoencoder.encode(images), config.dtype)
     flipped = _stored(autoencoder.encode(images.flip(3)), config.dtype) if config.flipped else None
-    states = _stored(text_encoder.encode([one.caption for one in batch]), config.dtype) if text_encoder else None
+    states = _stored(text_encoder.encode([one.caption for one in batch]).text, config.dtype) if text_encoder else None
     samples = []
     for i, one in enumerate(batch):
         sample: dict[str, Any] = {"__key__": one.key, MOMENTS: moments[i], "txt": one.caption}

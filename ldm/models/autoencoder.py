@@ -24,6 +24,7 @@ from ldm.models.blocks import (
     without_autocast,
 )
 from ldm.models.pretrained import (
+    Weights,
     build_from_weights,
     config_from_dict,
     read_config,
@@ -273,11 +274,15 @@ class AutoencoderKL(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
         """Opens a diffusers AutoencoderKL (see `resolve_source`), also one with the attention names of 2022."""
+        config, weights = cls.open(source)
+        return build_from_weights(lambda: cls(config), weights, dtype)
+
+    @staticmethod
+    def open(source: str | Path) -> tuple[AutoencoderConfig, Weights]:
+        """Config and weights of an autoencoder, the latter not read yet; raises what `Weights` raises."""
         folder = resolve_source(source)
         config = AutoencoderConfig.from_dict(read_config(folder, class_name=CLASS_NAME))
-        return build_from_weights(
-            lambda: cls(config), folder, what=f"autoencoder {source}", dtype=dtype, rename=current_name
-        )
+        return config, Weights(folder, f"autoencoder {source}", current_name)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that diffusers' AutoencoderKL opens; weights as `dtype`, or as they are."""

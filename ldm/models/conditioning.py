@@ -60,6 +60,20 @@ class Conditioning:
         """The given samples: a slice (views), a boolean mask or indices."""
         return self._map(lambda part: part[rows])
 
+    def where(self, replaced: Tensor, other: "Conditioning") -> "Conditioning":
+        """The one row of `other` for the samples that are `replaced`, (B,) bool; text and pooled only, in float32.
+
+        Raises:
+            ValueError: pooled text is there in one and missing in the other.
+        """
+        if (self.pooled is None) != (other.pooled is None):
+            raise ValueError("conditioning.pooled is given on one side only of what is to be replaced")
+        pooled = None
+        if self.pooled is not None and other.pooled is not None:
+            pooled = torch.where(replaced[:, None], other.pooled.float(), self.pooled.float())
+        text = torch.where(replaced[:, None, None], other.text.float(), self.text.float())
+        return Conditioning(text, pooled, self.sizes)
+
     def expand(self, count: int) -> "Conditioning":
         """One sample's conditioning as that of `count` samples, without copying."""
         return self._map(lambda part: part.expand(count, *part.shape[1:]))

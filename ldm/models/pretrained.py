@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,34 +97,58 @@ def _from_hub(text: str, local: Path) -> Path:
     return path
 
 
-def load_weights(module: nn.Module, path: Path, *, what: str, rename: Callable[[str], str] | None = None) -> None:
-    """Fills every tensor of a module from safetensors, or changes nothing and says all that is wrong.
+class Weights:
+    """Named tensors in safetensors files, found but not read yet.
+
+    Attributes:
+        shapes: shape of each tensor, by the name that the module has for it.
+        what: the model and where it lies, for error messages.
+    """
+
+    def __init__(self, path: Path, what: str, rename: Callable[[str], str] | None = None) -> None:
+        """Looks into a .safetensors file, a .safetensors.index.json of a sharded model, or a folder that holds one.
+
+        Args:
+            rename: maps a name in the file to the module's name; identity when None.
+
+        Raises:
+            FileNotFoundError: no weights at the path.
+            ValueError: the file is a pickle or damaged, or a tensor is stored twice.
+        """
+        self.what = what
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._sources: dict[str, tuple[Path, str]] = {}  # module's name -> file, name in the file
+        for file in _weight_files(Path(path), what):
+            with _open(file, what) as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    name = rename(stored) if rename else stored
+                    if name in self._sources:
+                        first = self._sources[name][0]
+                        raise ValueError(f"{what}: {name!r} is stored twice, in {first} and in {file}")
+                    self._sources[name] = (file, stored)
+                    self.shapes[name] = tuple(tensors.get_slice(stored).get_shape())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor with the module's name for it, as stored; one at a time, file by file."""
+        for file in dict.fromkeys(file for file, _ in self._sources.values()):
+            with _open(file, self.what) as tensors:
+                for name, (holder, stored) in self._sources.items():
+                    if holder == file:
+                        yield name, tensors.get_tensor(stored)
+
+
+def load_weights(module: nn.Module, weights: Weights) -> None:
+    """Fills every tensor of a module, or changes nothing and says all that is wrong.
 
     Tensors are read one at a time and copied into place, so that dtype and device stay the module's and no
-    second copy of the model is held.
-
-    Args:
-        module: parameters must have storage (not the meta device).
-        path: a .safetensors file, a .safetensors.index.json of a sharded model, or a folder that holds one of them.
-        what: name of the model in error messages.
-        rename: maps a name in the file to the module's name; identity when None.
+    second copy of the model is held. The module's parameters must have storage (not the meta device).
 
     Raises:
-        FileNotFoundError: no weights at the path.
-        ValueError: the file is a pickle or damaged, or names or shapes differ (each is listed).
+        ValueError: names or shapes differ (each is listed).
     """
-    files = _weight_files(Path(path), what)
     wanted = module.state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    sources: dict[str, tuple[Path, str]] = {}  # module's name -> file, name in the file
-    for file in files:
-        with _open(file, what) as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                name = rename(stored) if rename else stored
-                if name in sources:
-                    raise ValueError(f"{what}: {name!r} is stored twice, in {sources[name][0]} and in {file}")
-                sources[name] = (file, stored)
-                shapes[name] = tuple(tensors.get_slice(stored).get_shape())
+    shapes = weights.shapes
     problems = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in shapes]
     problems += [f"unexpected: {name} {shapes[name]}" for name in shapes if name not in wanted]
     problems += [
@@ -135,15 +159,12 @@ def load_weights(module: nn.Module, path: Path, *, what: str, rename: Callable[[
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(
-            f"{what}: the weights in {path} do not fit the model that its config describes "
+            f"{weights.what}: the weights in {weights.path} do not fit the model that its config describes "
             f"({len(problems)} differences, {len(wanted)} tensors in the model):\n  {listing}"
         )
     with torch.no_grad():
-        for file in files:
-            with _open(file, what) as tensors:
-                for name, (holder, stored) in sources.items():
-                    if holder == file:
-                        wanted[name].copy_(tensors.get_tensor(stored))
+        for name, tensor in weights.tensors():
+            wanted[name].copy_(tensor)
 
 
 def _open(file: Path, what: str) -> Any:
@@ -197,22 +218,15 @@ def _shard_files(index: Path, what: str) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def build_from_weights(
-    build: Callable[[], M],
-    path: Path,
-    *,
-    what: str,
-    dtype: torch.dtype,
-    rename: Callable[[str], str] | None = None,
-) -> M:
-    """Builds a module on the CPU and fills it from safetensors, without drawing weights that are replaced.
+def build_from_weights(build: Callable[[], M], weights: Weights, dtype: torch.dtype) -> M:
+    """Builds a module on the CPU and fills it with weights, without drawing weights that are replaced.
 
     Every tensor of the module must be in its state dict: a buffer that is not persistent would stay unset.
     """
     with torch.device("meta"):
         module = build()
     module.to(dtype).to_empty(device="cpu")
-    load_weights(module, path, what=what, rename=rename)
+    load_weights(module, weights)
     return module
 
 

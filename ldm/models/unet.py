@@ -26,7 +26,14 @@ from ldm.models.blocks import (
     run,
 )
 from ldm.models.conditioning import Conditioning
-from ldm.models.pretrained import build_from_weights, config_from_dict, read_config, resolve_source, save_component
+from ldm.models.pretrained import (
+    Weights,
+    build_from_weights,
+    config_from_dict,
+    read_config,
+    resolve_source,
+    save_component,
+)
 
 CLASS_NAME = "UNet2DConditionModel"
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -390,9 +397,15 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> "UNet":
         """Opens a diffusers UNet2DConditionModel folder (see `resolve_source`); raises what `load_weights` raises."""
+        config, weights = cls.open(source)
+        return build_from_weights(lambda: cls(config), weights, dtype)
+
+    @staticmethod
+    def open(source: str | Path) -> tuple[UNetConfig, Weights]:
+        """Config and weights of a UNet, the latter not read yet; raises what `Weights` raises."""
         folder = resolve_source(source)
         config = UNetConfig.from_dict(read_config(folder, class_name=CLASS_NAME))
-        return build_from_weights(lambda: cls(config), folder, what=f"unet {source}", dtype=dtype)
+        return config, Weights(folder, f"unet {source}")
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that diffusers' UNet2DConditionModel opens; weights as `dtype`, or as they are."""

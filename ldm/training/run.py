@@ -22,7 +22,7 @@ from ldm.data.quarantine import Ledger
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import resolve_source
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_conditioner import TextConditioner
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, save_pipeline
 from ldm.pipeline_folder import FROZEN
@@ -80,7 +80,7 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     """Loads and builds all parts; raises ValueError naming the settings that do not fit each other."""
     device, run_dir = accelerator.device, Path(config.run_dir)
     autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).requires_grad_(False).eval()
-    text_encoder = TextEncoder(config.text_encoder, device)
+    text_encoder = TextConditioner.load([config.text_encoder], device)
     data = RunData.open(config.data, validating=config.validation.every > 0)
     for line in data.lines():
         say(line)
@@ -125,7 +125,7 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
 
 
 def check_parts(
-    config: RunConfig, autoencoder: AutoencoderKL, text_encoder: TextEncoder, manifests: Sequence[Manifest]
+    config: RunConfig, autoencoder: AutoencoderKL, text_encoder: TextConditioner, manifests: Sequence[Manifest]
 ) -> None:
     """Raises ValueError with every setting that does not fit autoencoder, text encoder or shards."""
     problems = []
