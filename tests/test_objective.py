@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ldm.diffusion.objective import (
+    DISTANCES,
     TARGETS,
     TIMESTEP_SAMPLING,
     WEIGHTS,
@@ -88,6 +89,13 @@ class Gaussian:
 def published_weight(name: str, loss: str, snr: float, gamma: float) -> float:
     if name == "uniform":
         return 1.0
+    if name in ("p2", "edm"):
+        # Of the noise's error: Choi et al. 2022, Eq. 8, k = gamma = 1; Karras et al. 2022, lambda(sigma) sigma^2 for
+        # data of deviation 1, infinite at SNR 0.
+        on_noise = 1 / (1 + snr) if name == "p2" else (1 + 1 / snr if snr else math.inf)
+        if name == "edm" and not snr:
+            return {"epsilon": math.inf, "v": 1.0, "x0": 1.0}[loss]
+        return on_noise * {"epsilon": 1.0, "v": snr / (1 + snr), "x0": snr}[loss]
     if loss == "epsilon":
         return min(snr, gamma) / snr if snr else 1.0
     return min(snr, gamma) / (snr + 1) if loss == "v" else min(snr, gamma)
@@ -105,6 +113,8 @@ def test_loss_of_the_perfect_predictor_is_the_known_residual(schedule: Schedule,
             data.network(source, schedule), schedule, config, x0, noise, torch.full((len(x0),), t), nothing(len(x0))
         )
         alpha, sigma = process(schedule, t)
+        if weighting == "edm" and not alpha and loss == "epsilon":
+            loss = "x0"  # of the noise's error, which is 0, the weight is infinite; it is the same loss
         expected = data.residual(loss, schedule, t) * published_weight(weighting, loss, (alpha / sigma) ** 2, 5.0)
         case = f"{source} network, {loss} loss, t {t}"
         assert found.mean().item() == pytest.approx(expected, rel=1e-9, abs=1e-20), case
@@ -192,8 +202,10 @@ def test_loss_at_zero_snr_is_finite_and_right_for_networks_that_can_learn_there(
         found = loss_per_sample(
             lambda x_t, t, c: torch.zeros_like(x_t), ZERO_SNR, config, x0, noise, torch.tensor([999]), nothing(1)
         )
-        # min-SNR weighs x0's error with min(0, gamma) = 0, whatever error it is written for.
-        assert found.item() == pytest.approx(0.0 if weighting == "min_snr" else expected[loss], abs=1e-12)
+        # min-SNR weighs x0's error with min(0, gamma) = 0, p2 with 0 / (k + 0), EDM with 1 for infinite noise and data
+        # of deviation 1, whatever error they are written for.
+        error = {"uniform": expected[loss], "min_snr": 0.0, "p2": 0.0, "edm": 0.25}[weighting]
+        assert found.item() == pytest.approx(error, abs=1e-12)
 
 
 def test_epsilon_network_with_zero_terminal_snr_is_an_error() -> None:
@@ -329,6 +341,11 @@ def test_wrong_settings_are_errors_that_name_the_field(settings: dict, message: 
 
 def test_the_settings_help_names_the_tables_entries() -> None:
     hints = get_type_hints(ObjectiveConfig)
-    tables = {"parameterization": TARGETS, "weight": WEIGHTS, "timestep_sampling": TIMESTEP_SAMPLING}
+    tables = {
+        "parameterization": TARGETS,
+        "weight": WEIGHTS,
+        "timestep_sampling": TIMESTEP_SAMPLING,
+        "distance": DISTANCES,
+    }
     for name, table in tables.items():
         assert [*get_args(hints[name])] == [*table]

@@ -1,10 +1,10 @@
-"""Samplers: exact flows and their orders, Bayes, noise where it belongs, the step from infinite noise, errors."""
+"""Samplers: what all keep to: dtype, input, progress, levels, noise, the step from infinite noise, errors."""
 
 import math
 from collections.abc import Callable
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from exact_networks import (
@@ -14,244 +14,85 @@ from exact_networks import (
     ZERO_SNR,
     assert_same,
     denoise_with,
+    gaussian,
+    numpy_noise,
     step_noise,
-    two_modes,
     unit_noise,
 )
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, denoiser
+from ldm.diffusion.adaptive import ode_adaptive
+from ldm.diffusion.ancestral import analytic_dpm, ddim, ddpm, euler_ancestral
+from ldm.diffusion.denoiser import denoiser
+from ldm.diffusion.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ldm.diffusion.guidance import unguided
-from ldm.diffusion.samplers import SAMPLERS, Noise, ddim, ddpm, dpmpp_2m, euler, heun, start
+from ldm.diffusion.langevin import annealed_langevin, predictor_corrector
+from ldm.diffusion.ode_solvers import euler, heun
+from ldm.diffusion.samplers import SAMPLERS, Sampler, start
 from ldm.diffusion.schedule import TERMINAL_SIGMA
 from ldm.diffusion.spacing import sigmas
+from ldm.diffusion.unipc import unipc
+
+LANGEVIN = 3
+"""Steps a level of annealed Langevin dynamics, which takes 100 by default."""
+FRESH = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "analytic_dpm", "predictor_corrector"}
+"""Samplers whose step adds noise of its own to D; annealed_langevin adds it afterwards."""
+
+
+def samplers(steps: int) -> dict[str, Sampler]:
+    """All of SAMPLERS, those that need settings with some."""
+    return SAMPLERS | {
+        "analytic_dpm": partial(analytic_dpm, variances=torch.linspace(0.5, 0.01, steps)),
+        "annealed_langevin": partial(annealed_langevin, langevin_steps=LANGEVIN),
+    }
 
 
 @pytest.mark.parametrize("parameterization", ["v", "x0"])
-@pytest.mark.parametrize("name", [*SAMPLERS])
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLERS if name not in ("predictor_corrector", "annealed_langevin")]
+)
 def test_the_step_from_infinite_noise_is_its_limit(name: str, parameterization: str) -> None:
-    """From sigma = infinity samplers go to denoised + sigma_next * noise: fresh noise with ddpm, else the start's."""
+    """From sigma = infinity they go to denoised + sigma_next * noise: fresh noise, or the start's if they add none."""
     z, noise, denoise = unit_noise(), step_noise(), denoise_with(parameterization, ZERO_SNR)
     levels = sigmas(ZERO_SNR, 10)
-    found = SAMPLERS[name](denoise, start(z, levels), levels, noise=noise)
+    kwargs = {"variances": torch.zeros(10)} if name == "analytic_dpm" else {}
+    rest = {"variances": torch.zeros(9)} if name == "analytic_dpm" else {}
+    found = SAMPLERS[name](denoise, start(z, levels), levels, noise=noise, **kwargs)
     denoised = torch.zeros(SHAPE, dtype=torch.float64)  # the mean of both modes
-    x = denoised + levels[1] * (noise(0) if name == "ddpm" else z)
-    expected = SAMPLERS[name](denoise, x, levels[1:], noise=lambda step: noise(step + 1))
+    x = denoised + levels[1] * (noise(0) if name in FRESH else z)
+    expected = SAMPLERS[name](denoise, x, levels[1:], noise=lambda step: noise(step + 1), **rest)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-# --- Exact solutions
+def test_langevin_samplers_step_from_infinite_noise_and_go_on_at_the_next_level() -> None:
+    z, noise, denoise = unit_noise(), numpy_noise(1, SHAPE), denoise_with("v", ZERO_SNR)
+    levels = sigmas(ZERO_SNR, 10)
+    sigma = float(levels[1])
 
+    def score(x: Tensor) -> Tensor:
+        return (denoise(x, levels[1].expand(2)) - x) / sigma**2
 
-def gaussian(mean: Tensor | float, std: Tensor | float) -> Denoise:
-    """E[x0 | x] for data N(mean, std^2) in every dimension."""
-    return lambda x, sigma: mean + std**2 / (std**2 + sigma.view(-1, 1) ** 2) * (x - mean)
+    x = sigma * noise(0)  # the predictor's step; the mean of both modes is 0
+    norms = [v.square().sum((1, 2, 3), keepdim=True).sqrt() for v in (noise(1), score(x))]
+    epsilon = 2 * (0.16 * norms[0] / norms[1]) ** 2
+    x = x + epsilon * score(x) + (2 * epsilon).sqrt() * noise(1)
+    expected = predictor_corrector(denoise, x, levels[1:], noise=lambda draw: noise(draw + 2))
+    assert_same(predictor_corrector(denoise, start(z, levels), levels, noise=noise), expected, 1e-6)
 
-
-def geometric(high: float, low: float, steps: int) -> Tensor:
-    return torch.linspace(math.log(high), math.log(low), steps + 1, dtype=torch.float64).exp()
-
-
-def fitted_order(error_of: Callable[[int], float], counts: list[int]) -> float:
-    errors = [error_of(steps) for steps in counts]
-    return -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
-
-
-ORDERS = {"ddim": 1, "euler": 1, "dpmpp_2m": 2, "heun": 2}
-
-
-@pytest.mark.parametrize("dims", [1, 16])
-@pytest.mark.parametrize(("name", "order"), [*ORDERS.items()])
-def test_deterministic_samplers_converge_to_the_exact_flow_of_gaussian_data_at_their_order(
-    name: str, order: int, dims: int
-) -> None:
-    draws = np.random.default_rng(dims)
-    mean, std = torch.from_numpy(draws.normal(size=dims)), torch.from_numpy(draws.uniform(0.3, 1.5, size=dims))
-    high, low = 14.6, 0.05
-    x = torch.from_numpy(draws.normal(size=(8, dims))) * math.sqrt(1 + high**2)
-    exact = mean + (x - mean) * ((std**2 + low**2) / (std**2 + high**2)).sqrt()
-
-    def error(steps: int) -> float:
-        return (SAMPLERS[name](gaussian(mean, std), x, geometric(high, low, steps)) - exact).norm().item()
-
-    found = fitted_order(error, [40, 80, 160, 320])
-    assert 0.9 * order <= found <= 1.2 * order, f"fitted order {found:.3f}"
-
-
-@pytest.mark.parametrize(("name", "order"), [*ORDERS.items()])
-def test_deterministic_samplers_converge_on_data_with_two_modes_at_their_order(name: str, order: int) -> None:
-    high, low = 14.6, 0.3
-    x = unit_noise(4) * math.sqrt(1 + high**2)
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return two_modes(x, 1.0, sigma.view(-1, 1, 1, 1))
-
-    exact = x
-    levels = geometric(high, low, 1000).tolist()
-    for sigma, sigma_next in pairwise(levels):  # classical Runge-Kutta of order 4 in log sigma, error below 1e-10
-        h = math.log(sigma_next / sigma)
-
-        def slope(x: Tensor, part: float, sigma: float = sigma, h: float = h) -> Tensor:
-            return x - denoise(x, torch.full((2,), sigma * math.exp(part * h), dtype=torch.float64))
-
-        k1 = slope(exact, 0)
-        k2 = slope(exact + h / 2 * k1, 0.5)
-        k3 = slope(exact + h / 2 * k2, 0.5)
-        k4 = slope(exact + h * k3, 1)
-        exact = exact + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-
-    def error(steps: int) -> float:
-        return (SAMPLERS[name](denoise, x, geometric(high, low, steps)) - exact).norm().item()
-
-    found = fitted_order(error, [40, 80, 160, 320])
-    assert 0.9 * order <= found <= 1.2 * order, f"fitted order {found:.3f}"
-
-
-def test_second_order_samplers_need_far_fewer_steps_down_to_zero() -> None:
-    """The order of a whole run to sigma = 0: its last step, of order 1, starts so low that it does not matter."""
-    mean, std = 0.3, 0.7
-    levels_of = {steps: sigmas(SCHEDULE, steps, "karras") for steps in (20, 200)}
-    z = torch.from_numpy(np.random.default_rng(0).normal(size=(64, 4)))
-    high = float(levels_of[20][0])
-    x = z * math.sqrt(1 + high**2)
-    exact = mean + (x - mean) * std / math.sqrt(std**2 + high**2)
-    error = {
-        (name, steps): (SAMPLERS[name](gaussian(mean, std), x, levels) - exact).abs().max().item()
-        for name, (steps, levels) in product(ORDERS, levels_of.items())
-    }
-    for name in ("dpmpp_2m", "heun"):
-        assert error[name, 20] < error["euler", 200] * 1.5
-        assert error[name, 200] < 0.01 * error["euler", 20]
-
-
-# --- Stochastic sampling
-
-
-def vp_levels(sigma: float, sigma_next: float) -> tuple[float, float]:
-    return 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
-
-
-@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
-def test_a_ddpm_step_is_the_posterior_of_bayes(variance: str) -> None:
-    x0, x_t = 0.6, -1.3
-    grid = SCHEDULE.sigma_hat(torch.tensor([999, 998, 500, 499, 20, 1, 0])).tolist()
-    for sigma, sigma_next in [*pairwise(grid), (grid[0], grid[2]), (grid[0], grid[-1])]:
-        abar, abar_next = vp_levels(sigma, sigma_next)
-        # q(x_s | x0) = N(sqrt(abar_s) x0, 1 - abar_s) times q(x_t | x_s) = N(sqrt(a) x_s, 1 - a), as precisions
-        a = abar / abar_next
-        precision = 1 / (1 - abar_next) + a / (1 - a)
-        mean = (math.sqrt(abar_next) * x0 / (1 - abar_next) + math.sqrt(a) * x_t / (1 - a)) / precision
-        expected_variance = 1 / precision if variance == "beta_tilde" else 1 - a
-        steps_taken = []
-        for unit in (0.0, 1.0):
-            x = torch.full((1, 1), x_t * math.sqrt(1 + sigma**2), dtype=torch.float64)
-            after = ddpm(
-                lambda x, sigma: torch.full_like(x, x0), x, torch.tensor([sigma, sigma_next], dtype=torch.float64),
-                noise=lambda step, unit=unit: torch.full((1, 1), unit), variance=variance,  # type: ignore[arg-type]
-            )  # fmt: skip
-            steps_taken.append(after.item() * math.sqrt(abar_next))
-        assert steps_taken[0] == pytest.approx(mean, rel=1e-9)
-        assert (steps_taken[1] - steps_taken[0]) ** 2 == pytest.approx(expected_variance, rel=1e-8)
-
-
-def numpy_noise(seed: int, shape: tuple[int, ...]) -> Noise:
-    return lambda step: torch.from_numpy(np.random.default_rng([seed, step]).normal(size=shape))
-
-
-def assert_moments(samples: Tensor, mean: float, variance: float) -> None:
-    """Within 4.5 standard errors of Gaussian samples."""
-    count = samples.numel()
-    assert samples.mean().item() == pytest.approx(mean, abs=4.5 * math.sqrt(variance / count))
-    assert samples.var().item() == pytest.approx(variance, rel=4.5 * math.sqrt(2 / count))
-
-
-@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
-@pytest.mark.parametrize("steps", [10, 100])
-def test_ddpm_samples_of_gaussian_data_have_the_mean_and_variance_of_the_chain(steps: int, variance: str) -> None:
-    """40,000 samples, seed 17, against the chain's own moments in Ho's coordinates (Eq. 6 and 7)."""
-    mean, std, shape = 0.4, 0.6, (40_000, 1)
-    levels = sigmas(SCHEDULE, steps)
-    x = start(numpy_noise(17, shape)(10_000), levels)
-    found = ddpm(gaussian(mean, std), x, levels, noise=numpy_noise(17, shape), variance=variance)  # type: ignore[arg-type]
-    chain_mean, chain_variance = 0.0, 1.0
-    for sigma, sigma_next in pairwise(levels.tolist()):
-        abar, abar_next = vp_levels(sigma, sigma_next)
-        beta = 1 - abar / abar_next
-        gain = math.sqrt(abar) * std**2 / (abar * std**2 + 1 - abar)
-        offset = mean - gain * math.sqrt(abar) * mean
-        to_x0 = math.sqrt(abar_next) * beta / (1 - abar)
-        to_x = math.sqrt(1 - beta) * (1 - abar_next) / (1 - abar)
-        added = beta if variance == "beta" else (1 - abar_next) / (1 - abar) * beta
-        chain_mean = (to_x0 * gain + to_x) * chain_mean + to_x0 * offset
-        chain_variance = (to_x0 * gain + to_x) ** 2 * chain_variance + (added if sigma_next > 0 else 0.0)
-    assert_moments(found, chain_mean, chain_variance)
-
-
-def test_ddpm_is_exact_for_unit_normal_data_with_beta_and_for_a_point_with_beta_tilde() -> None:
-    """Ho et al. 2020, section 3.2; 40,000 samples, seed 18. The last step gives D, of variance alphas_cumprod_0."""
-    shape, levels = (40_000, 1), sigmas(SCHEDULE, 20, "leading")
-    x = numpy_noise(18, shape)(10_000) * math.sqrt(1 + float(levels[0]) ** 2)
-    noise = numpy_noise(18, shape)
-    assert_moments(ddpm(gaussian(0.0, 1.0), x, levels, noise=noise, variance="beta"), 0.0, 0.99915)
-    point = ddpm(lambda x, sigma: torch.full_like(x, 0.25), x, levels, noise=noise)
-    torch.testing.assert_close(point, torch.full_like(point, 0.25), rtol=0, atol=1e-12)
-
-
-def test_ddpm_samples_have_the_datas_mean_and_variance_after_many_steps() -> None:
-    """10,000 samples, seed 19: in 1,000 steps the chain itself is within 1 % of the data."""
-    mean, std, shape = 0.4, 0.6, (10_000, 1)
-    levels = sigmas(SCHEDULE, 1000)
-    x = start(numpy_noise(19, shape)(10_000), levels)
-    for variance in ("beta_tilde", "beta"):
-        found = ddpm(gaussian(mean, std), x, levels, noise=numpy_noise(19, shape), variance=variance)  # type: ignore[arg-type]
-        # The start knows nothing of the mean, of which the last training level keeps 0.068: a bias of less than 0.02.
-        assert found.mean().item() == pytest.approx(mean, abs=0.02 + 4.5 * std / 100)
-        assert found.std().item() == pytest.approx(std, rel=0.01 + 4.5 / math.sqrt(2 * 10_000))
-
-
-def test_ddim_with_eta_1_is_ddpm_and_with_eta_0_is_euler() -> None:
-    z, denoise = unit_noise(), denoise_with("v")
-    runs = [sigmas(SCHEDULE, 12, spacing) for spacing in ("trailing", "leading", "karras")]
-    runs += [sigmas(ZERO_SNR, steps) for steps in (1, 2, 3, 5, 8, 10, 13, 20, 30)]
-    for levels in runs:
-        terminal = levels[0] == TERMINAL_SIGMA
-        if terminal:
-            denoise = denoise_with("v", ZERO_SNR)
-        x = start(z, levels)
-        ancestral = ddpm(denoise, x, levels, noise=step_noise())
-        assert_same(ddim(denoise, x, levels, noise=step_noise(), eta=1.0), ancestral, 1e-12)
-        # Euler takes a difference of 2^26 from x at the terminal level, which loses 1e-8 to rounding.
-        assert_same(ddim(denoise, x, levels), euler(denoise, x, levels), 1e-7 if terminal else 1e-12)
-
-
-@pytest.mark.parametrize("sample", [ddpm, ddim], ids=["ddpm", "ddim"])
-def test_noise_is_drawn_once_a_step_and_not_in_the_last(sample: Callable[..., Tensor]) -> None:
-    denoise, levels, drawn = denoise_with("v"), sigmas(SCHEDULE, 7), []
-    seen: list[Tensor] = []
-
-    def noise(step: int) -> Tensor:
-        drawn.append(step)
-        return step_noise()(step)
-
-    def watched(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(denoise(x, sigma))
-        return seen[-1]
-
-    for settings in (
-        [{"variance": "beta_tilde"}, {"variance": "beta"}] if sample is ddpm else [{"eta": 1.0}, {"eta": 0.3}]
-    ):
-        drawn.clear()
-        found = sample(watched, start(unit_noise(), levels), levels, noise=noise, **settings)
-        assert drawn == [0, 1, 2, 3, 4, 5]
-        assert torch.equal(found, seen[-1]), "the last step is the denoised latents themselves"
-
-
-# --- The contract
+    x = sigma * z
+    for draw in range(LANGEVIN):
+        x = x + 0.1 * sigma**2 * score(x) + math.sqrt(0.2) * sigma * noise(draw)
+    expected = annealed_langevin(
+        denoise, x, levels[1:], noise=lambda draw: noise(draw + LANGEVIN), langevin_steps=LANGEVIN
+    )
+    assert_same(
+        annealed_langevin(denoise, start(z, levels), levels, noise=noise, langevin_steps=LANGEVIN), expected, 1e-6
+    )
 
 
 def test_start_noise_has_the_deviation_of_noisy_unit_data() -> None:
     """1,000,000 samples, seed 20."""
-    z = torch.from_numpy(np.random.default_rng(20).normal(size=(2, 1_000_000)))
+    z = numpy_noise(20, (2, 1_000_000))(0)
     levels = sigmas(SCHEDULE, 10)
     x = start(z[0].float(), levels)
     assert x.dtype == torch.float64
@@ -260,38 +101,66 @@ def test_start_noise_has_the_deviation_of_noisy_unit_data() -> None:
     assert x.std().item() == pytest.approx(math.sqrt(1 / 0.0046600985), rel=4.5e-3)
 
 
+def asked_of(name: str, levels: list[float]) -> list[float]:
+    """The levels at which a sampler asks the network, from its paper."""
+    asked = []
+    for sigma, sigma_next in pairwise(levels):
+        if sigma_next == 0:
+            asked.append(sigma)
+        elif name in ("heun", "predictor_corrector"):
+            asked += [sigma, sigma_next]
+        elif name == "dpm_solver_2":
+            asked += [sigma, math.sqrt(sigma * sigma_next)]
+        elif name == "dpm_solver_3":
+            asked += [sigma, sigma ** (2 / 3) * sigma_next ** (1 / 3), sigma ** (1 / 3) * sigma_next ** (2 / 3)]
+        elif name == "annealed_langevin":
+            asked += [sigma_next] * LANGEVIN
+        else:
+            asked.append(sigma)
+    return asked
+
+
 @pytest.mark.parametrize("name", [*SAMPLERS])
 def test_a_sampler_keeps_dtype_and_input_and_reports_each_step(name: str) -> None:
     levels, done = sigmas(SCHEDULE, 6), []
     x = start(unit_noise(), levels)
     before, asked = x.clone(), []
-    denoise = denoise_with("v")
+    denoise, sample, noise = denoise_with("v"), samplers(6)[name], numpy_noise(1, SHAPE)
 
     def watched(x: Tensor, sigma: Tensor) -> Tensor:
         assert x.dtype == torch.float64
         assert sigma.shape == (2,)
+        assert sigma.dtype == torch.float64
         assert sigma.device.type == "cpu"
         asked.append(sigma[0].item())
-        return denoise(x, sigma)
+        result = denoise(x, sigma)
+        handed_out.extend([(x, x.clone()), (result, result.clone())])
+        return result
 
-    found = SAMPLERS[name](watched, x, levels, noise=step_noise(), progress=lambda *counts: done.append(counts))
+    handed_out: list[tuple[Tensor, Tensor]] = []
+    found = sample(watched, x, levels, noise=noise, progress=lambda *counts: done.append(counts))
     assert done == [(i, 6) for i in range(1, 7)]
     assert torch.equal(x, before)
     assert found.dtype == torch.float64
-    twice = [level for level in levels[1:-1].tolist() for _ in range(2)]
-    assert asked == ([levels[0].item(), *twice] if name == "heun" else levels[:-1].tolist())
-    single = SAMPLERS[name](denoise, x.float(), levels, noise=step_noise())
+    if name == "ode_adaptive":
+        assert asked[0] == levels[0]
+        assert levels[-2] == pytest.approx(min(asked), rel=1e-12)
+    else:
+        assert asked == pytest.approx(asked_of(name, levels.tolist()), rel=1e-12)
+    for tensor, copy in handed_out:
+        assert torch.equal(tensor, copy), "a denoiser may keep what it was given and what it returned"
+    single = sample(denoise, x.float(), levels, noise=noise)
     assert single.dtype == torch.float32
-    assert_same(found, single, 1e-5)
-    assert not SAMPLERS[name](lambda x, s: x.requires_grad_(), x, levels, noise=step_noise()).requires_grad
+    assert_same(found, single, 1e-4 if name == "ode_adaptive" else 1e-5)
+    assert not sample(lambda x, s: x.requires_grad_(), x, levels, noise=noise).requires_grad
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ode_adaptive"])
 def test_a_sampler_and_its_denoiser_never_wait_for_the_device(name: str) -> None:
-    # The meta device has no values: whatever would be fetched to the host raises.
+    # The meta device has no values: whatever would be fetched to the host raises. ode_adaptive reads its error.
     x = torch.zeros(SHAPE, device="meta")
     denoise = unguided(denoiser(lambda x_t, t, text: x_t * t.view(-1, 1, 1, 1), SCHEDULE, "v"), NOTHING)
-    found = SAMPLERS[name](denoise, x, sigmas(SCHEDULE, 5), noise=lambda step: torch.zeros_like(x))
+    found = samplers(5)[name](denoise, x, sigmas(SCHEDULE, 5), noise=lambda step: torch.zeros_like(x))
     assert found.device.type == "meta"
 
 
@@ -299,7 +168,53 @@ def test_a_sampler_and_its_denoiser_never_wait_for_the_device(name: str) -> None
 def test_one_step_gives_the_denoised_start(name: str) -> None:
     levels, denoise = sigmas(SCHEDULE, 1), denoise_with("epsilon")
     x = start(unit_noise(), levels)
-    assert_same(SAMPLERS[name](denoise, x, levels, noise=step_noise()), denoise(x, levels[:1].expand(2)), 1e-12)
+    found = samplers(1)[name](denoise, x, levels, noise=step_noise())
+    assert_same(found, denoise(x, levels[:1].expand(2)), 1e-12)
+
+
+DRAWS: dict[str, list[int]] = {
+    "ddpm": [0, 1, 2, 3, 4, 5],
+    "euler_ancestral": [0, 1, 2, 3, 4, 5],
+    "dpmpp_2m_sde": [0, 1, 2, 3, 4, 5],
+    "analytic_dpm": [0, 1, 2, 3, 4, 5],
+    "predictor_corrector": [*range(12)],
+    "annealed_langevin": [*range(18)],
+}
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS])
+def test_each_draw_is_asked_for_once_and_none_in_the_last_step(name: str) -> None:
+    denoise, levels, drawn = denoise_with("v"), sigmas(SCHEDULE, 7), []
+    seen: list[Tensor] = []
+
+    def noise(draw: int) -> Tensor:
+        drawn.append(draw)
+        return torch.full(SHAPE, 0.1 * draw)
+
+    def watched(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(denoise(x, sigma))
+        return seen[-1]
+
+    found = samplers(7)[name](watched, start(unit_noise(), levels), levels, noise=noise)
+    assert drawn == DRAWS.get(name, [])
+    if name != "ode_adaptive":
+        assert torch.equal(found, seen[-1]), "the last step is the denoised latents themselves"
+
+
+@pytest.mark.parametrize(
+    ("sample", "settings"),
+    [(ddpm, {"variance": "beta"}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.3}), (heun, {"s_churn": 2.0})],
+)
+def test_settings_that_add_noise_draw_it_once_a_step(sample: Callable[..., Tensor], settings: dict) -> None:
+    levels, drawn = sigmas(SCHEDULE, 7), []
+
+    def noise(draw: int) -> Tensor:
+        drawn.append(draw)
+        return torch.zeros(SHAPE)
+
+    sample(denoise_with("v"), start(unit_noise(), levels), levels, noise=noise, **settings)
+    # Churn has no room at the first level, and room at the last one above 0.
+    assert drawn == ([1, 2, 3, 4, 5, 6] if sample is heun else [0, 1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS])
@@ -317,10 +232,10 @@ def test_one_step_gives_the_denoised_start(name: str) -> None:
     ],
 )
 def test_wrong_levels_are_errors(name: str, levels: list[float], message: str) -> None:
+    sigmas = torch.tensor(levels)
+    settings = {"variances": torch.zeros(max(sigmas.numel() - 1, 0))} if name == "analytic_dpm" else {}
     with pytest.raises(ValueError, match=message):
-        SAMPLERS[name](
-            gaussian(0.0, 1.0), torch.zeros(1, 1), torch.tensor(levels), noise=lambda step: torch.zeros(1, 1)
-        )
+        SAMPLERS[name](gaussian(0.0, 1.0), torch.zeros(1, 1), sigmas, noise=lambda step: torch.zeros(1, 1), **settings)
 
 
 def test_a_level_outside_of_the_schedule_is_an_error() -> None:
@@ -330,13 +245,57 @@ def test_a_level_outside_of_the_schedule_is_an_error() -> None:
         dpmpp_2m(denoise_with("v"), unit_noise(), torch.tensor([TERMINAL_SIGMA, 1.0, 0.0]))
 
 
-def test_stochastic_samplers_want_their_noise_and_known_settings() -> None:
-    x, levels = torch.zeros(1, 1), torch.tensor([1.0, 0.0])
-    with pytest.raises(ValueError, match="ddpm adds noise: give noise="):
-        ddpm(gaussian(0.0, 1.0), x, levels)
-    with pytest.raises(ValueError, match="ddim with eta > 0 adds noise"):
-        ddim(gaussian(0.0, 1.0), x, levels, eta=0.5)
-    with pytest.raises(ValueError, match=r"eta: found 1\.5, expected 0 to 1"):
-        ddim(gaussian(0.0, 1.0), x, levels, eta=1.5)
-    with pytest.raises(ValueError, match="variance: found 'learned'"):
-        ddpm(gaussian(0.0, 1.0), x, levels, noise=step_noise(), variance="learned")  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", [*DRAWS])
+def test_a_stochastic_sampler_wants_its_noise(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} adds noise: give noise="):
+        samplers(1)[name](gaussian(0.0, 1.0), torch.zeros(1, 1), torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("sample", "settings", "message"),
+    [
+        (ddim, {"eta": 0.5, "noise": None}, "ddim with eta > 0 adds noise"),
+        (ddim, {"eta": 1.5}, r"eta: found 1\.5, expected 0 to 1"),
+        (euler_ancestral, {"eta": -0.1}, r"eta: found -0\.1, expected 0 to 1"),
+        (ddpm, {"variance": "learned"}, "variance: found 'learned'"),
+        (heun, {"s_churn": 1.0, "noise": None}, "heun with s_churn > 0 adds noise"),
+        (heun, {"s_churn": -1.0}, r"found s_churn -1\.0"),
+        (unipc, {"order": 4}, "unipc: found order 4"),
+        (unipc, {"variant": "bh3"}, "variant 'bh3'"),
+        (ode_adaptive, {"tolerance": 0.0}, r"tolerance: found 0\.0"),
+        (predictor_corrector, {"snr": 1.0}, r"snr 1\.0, expected"),
+        (predictor_corrector, {"corrector_steps": -1}, "found corrector_steps -1"),
+        (annealed_langevin, {"langevin_steps": 0}, "found langevin_steps 0"),
+        (annealed_langevin, {"step_size": 4.0}, r"step_size 4\.0, expected"),
+        (analytic_dpm, {}, "variances: found None, expected .1,., one for each step: posterior_variances"),
+        (analytic_dpm, {"variances": torch.ones(3)}, "variances: found .3,., expected .1,."),
+    ],
+)
+def test_wrong_settings_are_errors(sample: Callable[..., Tensor], settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(gaussian(0.0, 1.0), torch.zeros(1, 1), torch.tensor([1.0, 0.0]), **{"noise": step_noise()} | settings)
+
+
+def test_samplers_that_are_others_in_other_words_agree() -> None:
+    z, denoise = unit_noise(), denoise_with("v")
+    runs = [sigmas(SCHEDULE, 12, spacing) for spacing in ("trailing", "leading", "karras")]
+    runs += [sigmas(ZERO_SNR, steps) for steps in (1, 2, 3, 5, 8, 10, 13, 20, 30)]
+    for levels in runs:
+        terminal = levels[0] == TERMINAL_SIGMA
+        if terminal:
+            denoise = denoise_with("v", ZERO_SNR)
+        x = start(z, levels)
+        ancestral = ddpm(denoise, x, levels, noise=step_noise())
+        assert_same(ddim(denoise, x, levels, noise=step_noise(), eta=1.0), ancestral, 1e-12)
+        assert_same(euler_ancestral(denoise, x, levels, noise=step_noise()), ancestral, 1e-12)
+        no_variance = torch.zeros(len(levels) - 1)
+        assert_same(analytic_dpm(denoise, x, levels, noise=step_noise(), variances=no_variance), ancestral, 1e-12)
+        without = predictor_corrector(denoise, x, levels, noise=step_noise(), corrector_steps=0)
+        assert_same(without, ancestral, 1e-12)
+        partly = ddim(denoise, x, levels, noise=step_noise(), eta=0.4)
+        assert_same(euler_ancestral(denoise, x, levels, noise=step_noise(), eta=0.4), partly, 1e-12)
+        assert_same(ddim(denoise, x, levels), euler(denoise, x, levels), 1e-12)
+        if len(levels) <= 3:
+            # Two steps have no third evaluation to make a difference of.
+            sde = dpmpp_2m_sde(denoise, x, levels, noise=step_noise())
+            assert_same(sde, ancestral, 1e-12)

@@ -10,14 +10,21 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from exact_networks import NOTHING, SCHEDULE, ZERO_SNR, assert_same, denoise_with, network, step_noise, unit_noise
 from torch import Tensor
 
-from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, start
+from ldm.diffusion.ancestral import ddim, ddpm, euler_ancestral
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.dpm_solver import dpm_solver_2, dpmpp_2m, dpmpp_2m_sde
+from ldm.diffusion.samplers import SAMPLERS, Noise, start
 from ldm.diffusion.spacing import sigmas
+from ldm.diffusion.unipc import unipc
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STEPS = [5, 10, 20, 50]
@@ -25,12 +32,15 @@ TO_DIFFUSERS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def sample_with_diffusers(
-    scheduler: Any, parameterization: str, x: Tensor, *, last: int | None = None, **settings: Any
-) -> Tensor:
+    scheduler: Any, parameterization: str, x: Tensor, *, last: int | None = None, noise: Noise | None = None,
+    **settings: Any,
+) -> Tensor:  # fmt: skip
     """The loop of a diffusers pipeline over a scheduler whose timesteps are set, in the scheduler's own coordinates."""
     predict = network(parameterization, ZERO_SNR if scheduler.config.get("rescale_betas_zero_snr") else SCHEDULE)
-    for t in scheduler.timesteps[:last]:
+    for i, t in enumerate(scheduler.timesteps[:last]):
         model_input = scheduler.scale_model_input(x, t).double()
+        if noise is not None:
+            settings["variance_noise"] = noise(i)
         x = scheduler.step(predict(model_input, t.expand(2), NOTHING), t, x, **settings).prev_sample
     return x
 
@@ -103,6 +113,104 @@ def test_euler_and_heun_give_what_diffusers_gives(name: str, spacing: str, param
         x = start(z, levels)
         ours = SAMPLERS[name](denoise_with(parameterization), x, levels)
         assert_same(ours, sample_with_diffusers(theirs, parameterization, x))
+
+
+@pytest.mark.parametrize("parameterization", ["epsilon", "v"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "leading_1", "linspace"])
+def test_euler_ancestral_gives_what_diffusers_gives(spacing: str, parameterization: str) -> None:
+    z = unit_noise()
+    for steps in STEPS:
+        theirs = EulerAncestralDiscreteScheduler(
+            **STABLE_DIFFUSION,
+            prediction_type=TO_DIFFUSERS[parameterization],
+            timestep_spacing=spacing.removesuffix("_1"),
+            steps_offset=int(spacing == "leading_1"),
+        )
+        theirs.set_timesteps(steps)
+        levels = sigmas(SCHEDULE, steps, spacing)
+        if spacing == "linspace":
+            # It interpolates between timesteps, the spacing rounds them: their levels are given to it.
+            theirs.timesteps, theirs.sigmas = SCHEDULE.timestep(levels[:-1]).float(), levels.float()
+        x = start(z, levels)
+        ours = euler_ancestral(denoise_with(parameterization), x, levels, noise=step_noise())
+        generator = torch.Generator().manual_seed(1)
+        assert_same(ours, sample_with_diffusers(theirs, parameterization, x, generator=generator))
+
+
+MULTISTEP_SPACINGS = {"trailing": "trailing", "leading": "leading_1_multistep", "linspace": "linspace_multistep"}
+"""diffusers' name of a spacing in its multistep schedulers, and ours."""
+
+
+@pytest.mark.parametrize("parameterization", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("spacing", [*MULTISTEP_SPACINGS])
+def test_sde_dpmpp_2m_gives_what_diffusers_gives(spacing: str, parameterization: str) -> None:
+    z = unit_noise()
+    for steps in STEPS:
+        theirs = DPMSolverMultistepScheduler(
+            **STABLE_DIFFUSION,
+            prediction_type=TO_DIFFUSERS[parameterization],
+            algorithm_type="sde-dpmsolver++",
+            timestep_spacing=spacing,
+            steps_offset=1,
+        )
+        theirs.set_timesteps(steps)
+        levels = sigmas(SCHEDULE, steps, MULTISTEP_SPACINGS[spacing])
+        ours = dpmpp_2m_sde(denoise_with(parameterization), start(z, levels), levels, noise=step_noise())
+        assert_same(ours, sample_with_diffusers(theirs, parameterization, z, noise=step_noise()))
+
+
+@pytest.mark.parametrize("parameterization", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("spacing", [*MULTISTEP_SPACINGS])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_gives_what_diffusers_gives(variant: str, spacing: str, parameterization: str) -> None:
+    z = unit_noise()
+    for steps, order in product(STEPS, (1, 2, 3)):
+        theirs = UniPCMultistepScheduler(
+            **STABLE_DIFFUSION,
+            prediction_type=TO_DIFFUSERS[parameterization],
+            solver_order=order,
+            solver_type=variant,
+            timestep_spacing=spacing,
+            steps_offset=1,
+        )
+        theirs.set_timesteps(steps)
+        levels = sigmas(SCHEDULE, steps, MULTISTEP_SPACINGS[spacing])
+        denoise, asked = denoise_with(parameterization), []
+
+        def watched(x: Tensor, sigma: Tensor, denoise: Denoise = denoise, asked: list[Tensor] = asked) -> Tensor:
+            asked.append(x)
+            return denoise(x, sigma)
+
+        ours = unipc(watched, start(z, levels), levels, order=order, variant=variant)  # type: ignore[arg-type]
+        # With bh1 diffusers' last step, where h is infinite, is 0 times infinity: that one is left out.
+        last = -1 if variant == "bh1" else None
+        theirs_found = sample_with_diffusers(theirs, parameterization, z, last=last)
+        if last is not None:
+            ours = asked[-1] / math.sqrt(1 + float(levels[-2]) ** 2)
+        assert_same(ours, theirs_found)
+
+
+@pytest.mark.parametrize("parameterization", ["epsilon", "v", "x0"])
+def test_dpm_solver_2_gives_what_diffusers_singlestep_gives_on_the_same_levels(parameterization: str) -> None:
+    z = unit_noise()
+    for evaluations in (6, 10, 20, 50):
+        theirs = DPMSolverSinglestepScheduler(
+            **STABLE_DIFFUSION,
+            prediction_type=TO_DIFFUSERS[parameterization],
+            algorithm_type="dpmsolver",
+            solver_order=2,
+            lower_order_final=False,
+            final_sigmas_type="sigma_min",
+        )
+        theirs.set_timesteps(evaluations)
+        levels = sigmas(SCHEDULE, evaluations // 2 + 1, "karras")[:-1]
+        # It takes both evaluations of a step from its levels, where ours takes the second at their geometric mean.
+        between = (levels[:-1] * levels[1:]).sqrt()
+        theirs.sigmas = torch.cat([torch.stack([levels[:-1], between], 1).flatten(), levels[-1:]])
+        theirs.timesteps = SCHEDULE.timestep(theirs.sigmas[:-1])
+        ours = dpm_solver_2(denoise_with(parameterization), start(z, levels), levels)
+        result = sample_with_diffusers(theirs, parameterization, z)
+        assert_same(ours, result * math.sqrt(1 + float(levels[-1]) ** 2))
 
 
 @pytest.mark.parametrize("parameterization", ["epsilon", "v", "x0"])

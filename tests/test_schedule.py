@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from ldm.diffusion.schedule import BETA_SCHEDULES, TERMINAL_SIGMA, Schedule, ScheduleConfig
-from ldm.diffusion.spacing import SPACINGS, sigmas
+from ldm.diffusion.spacing import sigmas
 
 NAMES = [*BETA_SCHEDULES]
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -141,6 +141,7 @@ def test_gathering_never_waits_for_the_device() -> None:
         assert table(t).device.type == "meta"
 
 
+EVERY_STEP = ["trailing", "leading", "linspace", "karras"]
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 10, 16, 20, 25, 30, 50, 64, 100, 250, 333, 999, 1000]
 
 
@@ -178,7 +179,7 @@ def test_karras_levels_are_those_of_diffusers() -> None:
 
 @pytest.mark.parametrize(
     ("spacing", "rescale"),
-    [*((name, False) for name in SPACINGS), *((name, True) for name in SPACINGS if name != "karras")],
+    [*((name, False) for name in EVERY_STEP), *((name, True) for name in EVERY_STEP if name != "karras")],
 )
 def test_levels_descend_to_zero_within_the_schedule(spacing: str, rescale: bool) -> None:
     s = schedule(rescale=rescale)

@@ -19,24 +19,29 @@ def unguided(denoiser: Denoiser, conditioning: Conditioning) -> Denoise:
 
 
 def guided(
-    denoiser: Denoiser, conditioning: Conditioning, unconditional: Conditioning, scale: float, rescale: float = 0.0
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    scale: float,
+    rescale: float = 0.0,
 ) -> Denoise:
     """Classifier-free guidance D_u + scale (D_c - D_u) (Ho & Salimans 2022, Eq. 6), both halves in one batch of 2 B.
 
-    Scale 1 is the conditional denoiser alone, in a batch of B; 0 is the unconditional one. `rescale` in [0, 1] moves
-    the result's standard deviation, sample by sample, towards that of D_c (Lin et al. 2023, Eq. 15 and 16): that of x0,
-    which is what guidance overexposes; at a terminal timestep of zero SNR it equals their rescaling of v.
+    Scale 1 is the conditional denoiser alone, in a batch of B; 0 is the unconditional one. For `unconditional` take the
+    empty caption, or a negative prompt. `rescale` in [0, 1] moves the result's standard deviation, sample by sample,
+    towards that of D_c (Lin et al. 2023, Eq. 15 and 16): that of x0, which is what guidance overexposes; at a terminal
+    timestep of zero SNR it equals their rescaling of v.
 
     Raises:
-        ValueError: rescale outside of [0, 1], or a scale that is not finite.
+        ValueError: rescale outside of [0, 1], a scale that is not finite, or one other than 1 with nothing to lead away
+            from (None: a model that knows one conditioning only), or with another number of samples in it.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance: found scale {scale}, expected a finite number")
+    check_scale(scale)
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance: found rescale {rescale}, expected 0 to 1")
     if scale == 1:
         return unguided(denoiser, conditioning)
-    both = Conditioning.cat([unconditional, conditioning])
+    both = Conditioning.cat([check_unconditional(unconditional, conditioning, scale), conditioning])
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         without, with_text = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
@@ -46,6 +51,64 @@ def guided(
             ratio = with_text.std(dims, keepdim=True) / result.std(dims, keepdim=True)
             result = result * (rescale * ratio + (1 - rescale))
         return result
+
+    return denoise
+
+
+def perpendicular(
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    negative: Conditioning,
+    scale: float,
+    weight: float = 1.0,
+) -> Denoise:
+    """Perp-Neg D_u + scale (d_c - weight d_n'), d_n' what of d_n is perpendicular to d_c (Armandpour et al. 2023).
+
+    d_c = D_c - D_u and d_n = D_n - D_u, perpendicular sample by sample: what the negative prompt shares with the prompt
+    is left, which guided(..., unconditional=negative) takes away. Three thirds in one batch of 3 B.
+
+    Raises:
+        ValueError: scale or weight that is not finite, conditionings of different numbers of samples, no unconditional.
+    """
+    check_scale(scale)
+    if not math.isfinite(weight):
+        raise ValueError(f"guidance: found weight {weight}, expected a finite number")
+    empty = check_unconditional(unconditional, conditioning, scale)
+    if len(negative) != len(conditioning):
+        raise ValueError(f"guidance: found {len(negative)} negative samples, expected {len(conditioning)}")
+    all_three = Conditioning.cat([empty, conditioning, negative])
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        without, with_text, with_negative = denoiser(
+            x.repeat(3, *[1] * (x.ndim - 1)), sigma.repeat(3), all_three
+        ).chunk(3)
+        towards, away = with_text - without, with_negative - without
+        dims = tuple(range(1, x.ndim))
+        length = towards.square().sum(dims, keepdim=True)
+        # Where the prompt asks for nothing, all of the negative is perpendicular to it.
+        along = (away * towards).sum(dims, keepdim=True) / torch.where(length > 0, length, 1)
+        return without + scale * (towards - weight * (away - along * towards))
+
+    return denoise
+
+
+def autoguided(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
+    """Autoguidance D_w + scale (D_s - D_w): away from a weaker network (Karras et al. 2024).
+
+    `weak` is a smaller or less trained network with the same conditioning, or none: unguided(...) of either. Scale 1
+    is `strong` alone, and `weak` is not evaluated.
+
+    Raises:
+        ValueError: a scale that is not finite.
+    """
+    check_scale(scale)
+    if scale == 1:
+        return strong
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        weaker = weak(x, sigma)
+        return weaker + scale * (strong(x, sigma) - weaker)
 
     return denoise
 
@@ -69,3 +132,21 @@ def in_interval(inside: Denoise, outside: Denoise, low: float, high: float) -> D
         return (inside if lies_inside == {True} else outside)(x, sigma)
 
     return denoise
+
+
+def check_scale(scale: float) -> None:
+    """Raises ValueError unless the guidance scale is finite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance: found scale {scale}, expected a finite number")
+
+
+def check_unconditional(unconditional: Conditioning | None, conditioning: Conditioning, scale: float) -> Conditioning:
+    """What guidance leads away from; raises ValueError if there is none, or not one for each sample."""
+    if unconditional is None:
+        raise ValueError(
+            f"guidance: found scale {scale} with a model that has one conditioning only, to which guidance has no "
+            "alternative; use scale 1, or a model trained with dropped captions"
+        )
+    if len(unconditional) != len(conditioning):
+        raise ValueError(f"guidance: found {len(unconditional)} unconditional samples, expected {len(conditioning)}")
+    return unconditional

@@ -1,210 +1,161 @@
-"""The training objective: what the network puts out, whose error is minimized, and how it is weighted.
+"""The training objective: one loss a sample out of one call of the network.
 
-Enters: clean latents, noise and timesteps of a batch, and the network. Leaves: one loss a sample. A target is a line in
-TARGETS, a weighting one in WEIGHTS, a distribution of timesteps one in TIMESTEP_SAMPLING.
+Enters: clean latents, noise and timesteps of a batch, and the network. Leaves: one loss a sample. The parts: targets.py
+(what the network puts out), weights.py, timesteps.py, variance.py; settings in objective_config.py.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.objective_config import (
+    ObjectiveConfig,
+    TargetName,
+    check_objective,
+    check_parameterization,
+)
+from ldm.diffusion.process import ForwardProcess
 from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.targets import TARGETS, Coefficient, convert, determinant, network_input
+from ldm.diffusion.timesteps import TIMESTEP_SAMPLING, timesteps
+from ldm.diffusion.variance import halves, learned_log_variance, step_bounds, step_nats
+from ldm.diffusion.weights import WEIGHTS, weight, weight_of_error
 from ldm.models.conditioning import Conditioning
 
+__all__ = [
+    "DISTANCES", "TARGETS", "TIMESTEP_SAMPLING", "WEIGHTS", "Coefficient", "Network", "ObjectiveConfig", "TargetName",
+    "add_noise", "check_objective", "check_parameterization", "coefficients", "convert", "determinant",
+    "loss_per_sample", "timesteps", "weight", "with_offset",
+]  # fmt: skip
+
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(x_t (B, C, H, W), t (B,), conditioning) -> prediction (B, C, H, W)."""
-Coefficient = Tensor | float
-TargetName = Literal["epsilon", "v", "x0"]
+"""(x_t (B, C, H, W), t (B,), conditioning) -> prediction (B, C, H, W), or (B, 2C, H, W) with learned variance."""
 
 
-@dataclass
-class ObjectiveConfig:
-    """The loss of a sample: weight(t) times the mean squared error of one view of the network's prediction."""
-
-    parameterization: TargetName = "epsilon"
-    """What the network puts out: the noise, the velocity v = alpha noise - sigma x0, or the clean latents."""
-    loss: TargetName = "epsilon"
-    """Whose error is minimized, after exact conversion of the prediction; independent of the parameterization."""
-    weight: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of that error: 1, or min(SNR, gamma) in terms of x0's error (Hang et al. 2023) whatever `loss` is. With
-    zero terminal SNR min_snr gives the last timestep, where sampling starts, weight 0: uniform suits it better."""
-    min_snr_gamma: float = 5.0
-    """Gamma of min_snr: the SNR from which on all timesteps have the same weight on x0's error."""
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of t / T in training: uniform, or logit-normal, which prefers the middle (Esser et al. 2024)."""
-    logit_mean: float = 0.0
-    """Mean of logit(t / T) with logit_normal; above 0 prefers noisier timesteps."""
-    logit_std: float = 1.0
-    """Standard deviation of logit(t / T) with logit_normal."""
-
-    def __post_init__(self) -> None:
-        choices: dict[str, list[str]] = {
-            "parameterization": [*TARGETS],
-            "loss": [*TARGETS],
-            "weight": [*WEIGHTS],
-            "timestep_sampling": [*TIMESTEP_SAMPLING],
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"objective.{name}: found {getattr(self, name)!r}, expected one of {allowed}")
-        for name in ("min_snr_gamma", "logit_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective.{name}: found {getattr(self, name)}, expected a positive number")
-
-
-def check_parameterization(parameterization: str, zero_terminal_snr: bool) -> None:
-    """Raises ValueError for a network that puts out the noise where a timestep holds nothing but noise.
-
-    There the prediction is the input itself and tells nothing of x0 = (x_t - sigma noise) / alpha, with alpha = 0.
-    """
-    if zero_terminal_snr and parameterization == "epsilon":
-        raise ValueError(
-            "objective.parameterization: found 'epsilon' with zero terminal SNR (noise.rescale_betas_zero_snr), where "
-            "x0 cannot be computed from it; expected 'v' or 'x0', or a schedule without rescaling"
-        )
-
-
-# A target is a combination a x0 + b noise; with x_t = alpha x0 + sigma noise it determines both where
-# b alpha - a sigma is not 0. Conversions and errors follow from (a, b) alone.
-
-
-def epsilon_target(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
-    """The noise (Ho et al. 2020, Eq. 14)."""
-    return 0.0, 1.0
-
-
-def v_target(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
-    """The velocity alpha noise - sigma x0 (Salimans & Ho 2022, section 4)."""
-    return -sigma, alpha
-
-
-def x0_target(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
-    """The clean latents (Ho et al. 2020, section 3.2)."""
-    return 1.0, 0.0
-
-
-TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient]]] = {
-    "epsilon": epsilon_target,
-    "v": v_target,
-    "x0": x0_target,
-}
-
-
-def determinant(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """b alpha - a sigma of a target: its error at fixed x_t is that many times v's; epsilon alpha, v 1, x0 -sigma."""
-    a, b = TARGETS[name](alpha, sigma)
-    return b * alpha - a * sigma
-
-
-def convert(prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, *, source: str, target: str) -> Tensor:
-    """The prediction of `source` as one of `target` ("epsilon", "v", "x0"), for the same x_t = alpha x0 + sigma noise.
-
-    All four tensors broadcast to x_t, (B, C, H, W); `coefficients` gives alpha and sigma of timesteps. Finite at alpha
-    = 0 except from epsilon, at sigma = 0 except from x0.
-    """
-    if source == target:
-        return prediction
-    a, b = TARGETS[source](alpha, sigma)
-    scale = 1 / determinant(source, alpha, sigma)
-    data = (b * x_t - sigma * prediction) * scale
-    noise = (alpha * prediction - a * x_t) * scale
-    c, d = TARGETS[target](alpha, sigma)
-    return c * data + d * noise
-
-
-def coefficients(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def coefficients(schedule: ForwardProcess, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma of timesteps t (B,), to broadcast over `like` (B, ...), in its dtype but float32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     shape = (-1, *[1] * (like.ndim - 1))
     return schedule.alpha(t).to(dtype).view(shape), schedule.sigma(t).to(dtype).view(shape)
 
 
-def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(schedule: ForwardProcess, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t noise (Ho et al. 2020, Eq. 4), (B, ...), float32 at least; t (B,) int64 in [0, T)."""
     alpha, sigma = coefficients(schedule, t, x0)
     return alpha * x0 + sigma * noise
 
 
-def uniform_weight(snr: Tensor, config: ObjectiveConfig) -> Tensor:
-    """1: the simple loss when `loss` is epsilon (Ho et al. 2020, Eq. 14)."""
-    return torch.ones_like(snr)
+def with_offset(noise: Tensor, offset: Tensor | None, config: ObjectiveConfig) -> Tensor:
+    """noise + offset_noise * offset, the noise of training (B, C, H, W); offset (B, C) is standard normal, keyed.
+
+    Its covariance within a channel is I + offset_noise^2 (Guttenberg 2023, "Diffusion with offset noise").
+
+    Raises:
+        ValueError: offset noise without its draw, or a draw of another shape.
+    """
+    if not config.offset_noise:
+        return noise
+    if offset is None or offset.shape != noise.shape[:2]:
+        raise ValueError(
+            f"objective.offset_noise is {config.offset_noise}: found an offset of shape "
+            f"{None if offset is None else tuple(offset.shape)}, expected one draw a sample and channel, "
+            f"{tuple(noise.shape[:2])}"
+        )
+    return noise + config.offset_noise * offset.to(noise.dtype)[..., None, None]
 
 
-MIN_SNR: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1),  # min(SNR, gamma) / SNR, and its limit 1 at SNR 0
-    "v": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1),
-    "x0": lambda snr, gamma: snr.clamp(max=gamma),
+def squared(error: Tensor, c: float) -> Tensor:
+    """d^2."""
+    return error.square()
+
+
+def huber(error: Tensor, c: float) -> Tensor:
+    """d^2 up to |d| = c, 2 c |d| - c^2 above (Huber 1964, times 2)."""
+    size = error.abs()
+    return torch.where(size <= c, error.square(), c * (2 * size - c))
+
+
+def pseudo_huber(error: Tensor, c: float) -> Tensor:
+    """2 c (sqrt(d^2 + c^2) - c): d^2 far below c, 2 c |d| far above (Charbonnier et al. 1997), times 2 c."""
+    square = error.square()
+    # Without the difference, which float32 loses for small errors.
+    return 2 * c * square / ((square + c**2).sqrt() + c)
+
+
+DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "squared": squared,
+    "huber": huber,
+    "pseudo_huber": pseudo_huber,
 }
-
-
-def min_snr(snr: Tensor, config: ObjectiveConfig) -> Tensor:
-    """min(SNR, gamma) on x0's error, written for the error that `loss` names (Hang et al. 2023, section 3.4)."""
-    return MIN_SNR[config.loss](snr, config.min_snr_gamma)
-
-
-WEIGHTS: dict[str, Callable[[Tensor, ObjectiveConfig], Tensor]] = {"uniform": uniform_weight, "min_snr": min_snr}
-
-
-def weight(schedule: Schedule, config: ObjectiveConfig, t: Tensor) -> Tensor:
-    """Weight of the error of `config.loss` at timesteps t (B,), float64."""
-    return WEIGHTS[config.weight](schedule.snr(t), config)
 
 
 def loss_per_sample(
     network: Network,
-    schedule: Schedule,
+    schedule: ForwardProcess,
     config: ObjectiveConfig,
     x0: Tensor,
     noise: Tensor,
     t: Tensor,
     conditioning: Conditioning,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """weight(t) times the squared error of `config.loss`, mean over all but the batch, (B,).
 
-    x0 and noise are (B, C, H, W), t is (B,) int64 on the schedule's device. The network is called once, under the
-    caller's autocast; what follows it is float32, or float64 for float64 latents. The error of the loss's target is
-    that of the network's own output times a factor of t alone, so that nothing cancels where alpha or sigma is small.
+    x0 and noise are (B, C, H, W), t is (B,) as `timesteps` gives it, on the schedule's device. The network is called
+    once, under the caller's autocast; what follows it is float32, or float64 for float64 latents. The error of the
+    loss's target is that of the network's own output times a factor of t alone, so that nothing cancels where alpha or
+    sigma is small. With learned variance the bound is added, vlb_weight T times its term at t in bits per dimension,
+    whose expectation for uniform t is the whole bound; no gradient of it reaches the mean half.
+
+    Args:
+        offset: (B, C) standard normal, needed with offset noise.
 
     Raises:
-        ValueError: epsilon parameterization with zero terminal SNR; a prediction of another shape than the latents.
+        ValueError: an objective that the schedule cannot serve; a prediction of another shape than the latents, or than
+            twice their channels with learned variance; offset noise without its draw.
     """
-    parameterization, loss = config.parameterization, config.loss
-    check_parameterization(parameterization, schedule.zero_terminal_snr)
+    parameterization = config.parameterization
+    check_objective(config, schedule)
     alpha, sigma = coefficients(schedule, t, x0)  # (B, 1, 1, 1)
     dtype = alpha.dtype
-    x0, noise = x0.to(dtype), noise.to(dtype)
-    prediction = network(alpha * x0 + sigma * noise, t, conditioning)
-    if prediction.shape != x0.shape:
-        raise ValueError(f"the network's output has shape {tuple(prediction.shape)}, expected {tuple(x0.shape)}")
-    a, b = TARGETS[parameterization](alpha, sigma)
-    error = (prediction.to(dtype) - (a * x0 + b * noise)).square().flatten(1).mean(dim=1)  # (B,)
+    x0, noise = x0.to(dtype), with_offset(noise.to(dtype), offset, config)
+    x_t = network_input(parameterization, alpha * x0 + sigma * noise, alpha, sigma, config.sigma_data)
+    output = network(x_t, _told(schedule, t, dtype), conditioning)
+    prediction, raw = _checked(output, x0, config)
+    a, b = TARGETS[parameterization](alpha, sigma, config.sigma_data)
+    error = prediction.to(dtype) - (a * x0 + b * noise)  # (B, C, H, W)
     levels = schedule.alpha(t), schedule.sigma(t)
-    factor = (determinant(loss, *levels) / determinant(parameterization, *levels)) ** 2
-    return (weight(schedule, config, t) * factor).to(dtype) * error
+    own = determinant(parameterization, *levels, config.sigma_data)
+    if config.distance == "squared":
+        loss = weight_of_error(schedule, config, t, parameterization).to(dtype) * _mean(error.square())
+    else:
+        scale = (determinant(config.loss, *levels, config.sigma_data) / own).to(dtype).view(alpha.shape)
+        loss = weight(schedule, config, t).to(dtype) * _mean(DISTANCES[config.distance](scale * error, config.huber_c))
+    if raw is None:
+        return loss
+    assert isinstance(schedule, Schedule), "check_objective admits no other with learned variance"
+    in_x0 = (levels[1] / own).to(dtype).view(alpha.shape) * error.detach()
+    low, high = (bound.to(dtype).view(alpha.shape) for bound in step_bounds(schedule, t))
+    nats = step_nats(schedule, t, in_x0.square(), learned_log_variance(raw.to(dtype), low, high))
+    return loss + config.vlb_weight * schedule.num_timesteps / math.log(2) * _mean(nats)
 
 
-def uniform_timesteps(u: Tensor, config: ObjectiveConfig) -> Tensor:
-    """t / T as it is drawn."""
-    return u
+def _mean(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(dim=1)  # (B,)
 
 
-def logit_normal(u: Tensor, config: ObjectiveConfig) -> Tensor:
-    """t / T whose logit is normal, by inversion of its distribution function (Esser et al. 2024, Eq. 19)."""
-    position = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
-    # Far in the tail sigmoid rounds to 1, which would be timestep T.
-    return position.clamp(max=1 - 2**-53)
+def _told(schedule: ForwardProcess, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The network's time: integers as they are, others no longer than the latents' precision."""
+    time = schedule.network_time(t)
+    return time.to(dtype) if time.is_floating_point() else time
 
 
-TIMESTEP_SAMPLING: dict[str, Callable[[Tensor, ObjectiveConfig], Tensor]] = {
-    "uniform": uniform_timesteps,
-    "logit_normal": logit_normal,
-}
-
-
-def timesteps(u: Tensor, schedule: Schedule, config: ObjectiveConfig | None = None) -> Tensor:
-    """Timesteps (B,) int64 in [0, T) of uniform draws u (B,) in [0, 1), on u's device; uniform without a config."""
-    config = config or ObjectiveConfig()
-    return (TIMESTEP_SAMPLING[config.timestep_sampling](u.double(), config) * schedule.num_timesteps).long()
+def _checked(output: Tensor, x0: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor | None]:
+    """Mean half and, with learned variance, variance half of the network's output."""
+    expected = (x0.shape[0], x0.shape[1] * (2 if config.learned_variance else 1), *x0.shape[2:])
+    if output.shape != expected:
+        why = " (twice the latents' channels: objective.learned_variance)" if config.learned_variance else ""
+        raise ValueError(f"the network's output has shape {tuple(output.shape)}, expected {tuple(expected)}{why}")
+    return halves(output, x0.shape[1])

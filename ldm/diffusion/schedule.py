@@ -1,32 +1,30 @@
-"""The noise schedule of training.
+"""The discrete noise schedule of training.
 
 Enters: a ScheduleConfig, in diffusers' field names. Leaves: a Schedule of float64 tables gathered by timestep, and the
-timestep of a noise level sigma_hat = sigma / alpha.
+timestep of a noise level sigma_hat = sigma / alpha. continuous.py has the schedules of continuous time.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Stands for the infinite level of a schedule with zero terminal SNR. At 2^26 float64 represents sqrt(1 + sigma^2) as
-# sigma, so that the network is given the start noise bit by bit, and a sampler's step from here differs from its limit
-# at infinity by about 1e-8 of the noise, which is also what rounding costs there: a larger level would not be closer.
-TERMINAL_SIGMA = 2.0**26
+from ldm.diffusion.process import TERMINAL_SIGMA, VARIANCE_PRESERVING, ForwardProcess
+
+__all__ = ["BETA_SCHEDULES", "TERMINAL_SIGMA", "Schedule", "ScheduleConfig", "rescale_zero_terminal_snr"]
 
 
 @dataclass
 class ScheduleConfig:
     """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2), alpha_t^2 + sigma_t^2 = 1."""
 
-    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid"] = "scaled_linear"
     """How beta grows with t: `scaled_linear` is linear in sqrt(beta) (Stable Diffusion; CompVis calls it linear),
     `linear` is linear in beta itself (DDPM), `squaredcos_cap_v2` the cosine of Nichol and Dhariwal, which takes neither
-    beta_start nor beta_end."""
+    beta_start nor beta_end, `sigmoid` rises in an S between the two (GeoDiff)."""
     beta_start: float = 0.00085
     """Beta of the first timestep."""
     beta_end: float = 0.012
@@ -67,10 +65,17 @@ def squaredcos_cap_v2(config: ScheduleConfig) -> Tensor:
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
 
+def sigmoid(config: ScheduleConfig) -> Tensor:
+    """Betas on a logistic curve from -6 to 6, from start to end to 0.25 % of the range (Xu et al. 2022), (T,)."""
+    rise = torch.linspace(-6, 6, config.num_train_timesteps, dtype=torch.float64).sigmoid()
+    return config.beta_start + (config.beta_end - config.beta_start) * rise
+
+
 BETA_SCHEDULES: dict[str, Callable[[ScheduleConfig], Tensor]] = {
     "scaled_linear": scaled_linear,
     "linear": linear,
     "squaredcos_cap_v2": squaredcos_cap_v2,
+    "sigmoid": sigmoid,
 }
 
 
@@ -81,12 +86,16 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return ((root - last) * (first / (first - last))) ** 2
 
 
-class Schedule:
+class Schedule(ForwardProcess):
     """Tables of the forward process, (T,) float64; gathered by timestep on their device, without host synchronization.
+
+    Times are timesteps, int64 in [0, T); those that `timestep` returns for levels between are fractional.
 
     Raises:
         ValueError: noise levels that float64 does not hold apart, or that reach TERMINAL_SIGMA without rescaling.
     """
+
+    path = VARIANCE_PRESERVING
 
     def __init__(self, config: ScheduleConfig) -> None:
         betas = BETA_SCHEDULES[config.beta_schedule](config)
@@ -103,21 +112,13 @@ class Schedule:
             )
         self.config = config
         self.num_timesteps = config.num_train_timesteps
-        self.zero_terminal_snr = config.rescale_betas_zero_snr
         self.betas = betas
         self.alphas_cumprod = alphas_cumprod
         self._alpha = alphas_cumprod.sqrt()
         self._sigma = (1 - alphas_cumprod).sqrt()
         self._snr = alphas_cumprod / (1 - alphas_cumprod)
         self._sigma_hat = levels.clamp(max=TERMINAL_SIGMA)
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same schedule with its tables on `device`."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device))
-        return moved
+        self.sigma_min, self.sigma_max = float(self._sigma_hat[0]), float(self._sigma_hat[-1])
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the data in x_t, sqrt(alphas_cumprod[t]), float64 of t's shape; t is int64 in [0, T)."""
@@ -131,28 +132,35 @@ class Schedule:
         """Signal-to-noise ratio alpha^2 / sigma^2, float64 of t's shape; exactly 0 at a zero-SNR terminal timestep."""
         return self._gather(self._snr, t)
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Natural logarithm of the signal-to-noise ratio; -inf at a zero-SNR terminal timestep."""
+        return self.snr(t).log()
+
     def sigma_hat(self, t: Tensor) -> Tensor:
         """Noise level sigma / alpha in variance-exploding coordinates; TERMINAL_SIGMA where the SNR is zero."""
         return self._gather(self._sigma_hat, t)
 
-    def timestep(self, sigma_hat: Tensor) -> Tensor:
-        """Timestep of a noise level: the inverse of `sigma_hat`, exact on timesteps, log-linear between them.
+    def at(self, position: Tensor) -> Tensor:
+        """Timestep floor(position T), int64, of a position in [0, 1): each timestep has the same share."""
+        return (position * self.num_timesteps).long()
 
-        float64 of the argument's shape, on the device of the tables, where the range check waits for an accelerator.
-        Levels outside by up to 1e-6 of themselves, float32's rounding, count as the ends.
+    def position(self, t: Tensor) -> Tensor:
+        """Middle of a timestep's share of [0, 1], (t + 1/2) / T."""
+        return (t.double() + 0.5) / self.num_timesteps
 
-        Raises:
-            ValueError: a level outside of the schedule's, or NaN.
-        """
+    def nearest(self, sigma_hat: Tensor) -> Tensor:
+        """Timestep, int64, that is nearest to a level in log sigma_hat; levels outside count as the ends."""
+        return self._time(self._level(sigma_hat).clamp(self.sigma_min, self.sigma_max)).round().long()
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The timestep itself."""
+        return t
+
+    def _level(self, sigma_hat: Tensor) -> Tensor:
+        return sigma_hat.to(self._sigma_hat)
+
+    def _time(self, level: Tensor) -> Tensor:
         levels = self._sigma_hat
-        low, high = levels[[0, -1]].tolist()
-        level = sigma_hat.to(levels)
-        if not bool(((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all()):
-            raise ValueError(
-                f"sigma: found {level.min().item():.6g} to {level.max().item():.6g}, "
-                f"expected noise levels from {low:.6g} to {high:.6g}, those this schedule was trained with"
-            )
-        level = level.clamp(low, high)
         below = (torch.searchsorted(levels, level, right=True) - 1).clamp(max=self.num_timesteps - 2)
         # Ratios first: on a timestep's own level they are exactly 1, or equal, and so are the logarithms' 0 and 1.
         return below + (level / levels[below]).log() / (levels[below + 1] / levels[below]).log()

@@ -1,0 +1,206 @@
+"""Ancestral samplers and DDIM: DDPM's chain with three variances, and its deterministic limit in both directions.
+
+Enters and leaves: as sampler_contract.py says; Analytic-DPM takes clean latents once, for its variances, and inversion
+walks from latents to noise. Variance-exploding coordinates: x_t = x0 + sigma_t noise, which is Ho's x_t / alpha_t.
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.sampler_contract import Noise, Progress, evaluate, given, levels_of, steps
+from ldm.diffusion.schedule import TERMINAL_SIGMA
+
+
+@torch.no_grad()
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
+    variance: Literal["beta_tilde", "beta"] = "beta_tilde",
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, Alg. 2 and Eq. 7), with the posterior's variance or with beta_t.
+
+    `beta_tilde` is exact for data that is one point, `beta` for unit normal data (section 3.2). No noise in the last
+    step.
+    """
+    if variance not in ("beta_tilde", "beta"):
+        raise ValueError(f"variance: found {variance!r}, expected 'beta_tilde' or 'beta'")
+    draw, dtype, x = given(noise, "ddpm"), x.dtype, x.double()
+    for i, sigma, sigma_next in steps(sigmas, progress):
+        denoised = evaluate(denoise, x, sigma)
+        x = torch.lerp(denoised, x, (sigma_next / sigma) ** 2)
+        if sigma_next > 0:
+            # beta_t / alphas_cumprod_{t-1}, in variance-exploding coordinates
+            beta = (sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)
+            beta_tilde = (sigma**2 - sigma_next**2) * sigma_next**2 / sigma**2
+            x.add_(draw(i).to(x), alpha=math.sqrt(beta if variance == "beta" else beta_tilde))
+    return x.to(dtype)
+
+
+@torch.no_grad()
+def euler_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
+    eta: float = 1.0,
+) -> Tensor:
+    """Euler's step down to sigma_down, then noise of sigma_up back to the next level (k-diffusion's Euler a).
+
+    sigma_up^2 + sigma_down^2 = sigma_next^2; sigma_up is the posterior's deviation (Song et al. 2021b, Eq. 47) times
+    `eta` in [0, 1]. With eta 1 it is ddpm with beta_tilde, with another ddim with that eta, in other words.
+    """
+    check_eta(eta)
+    draw, dtype, x = given(noise, "euler_ancestral"), x.dtype, x.double()
+    for i, sigma, sigma_next in steps(sigmas, progress):
+        denoised = evaluate(denoise, x, sigma)
+        ratio = sigma_next / sigma
+        sigma_up = eta * sigma_next * math.sqrt(1 - ratio**2)
+        # sqrt(sigma_next^2 - sigma_up^2), of which rounding would leave nothing at high levels
+        sigma_down = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)
+        x = torch.lerp(denoised, x, sigma_down / sigma)  # x + (sigma_down - sigma) (x - denoised) / sigma
+        if sigma_next > 0:
+            x.add_(draw(i).to(x), alpha=sigma_up)
+    return x.to(dtype)
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (Song et al. 2021, Eq. 12 and 16): eta 0 is deterministic, 1 is ddpm with beta_tilde; order 1."""
+    check_eta(eta)
+    dtype, x = x.dtype, x.double()
+    draw = given(noise, "ddim with eta > 0") if eta > 0 else None
+    for i, sigma, sigma_next in steps(sigmas, progress):
+        denoised = evaluate(denoise, x, sigma)
+        ratio = sigma_next / sigma
+        # kept^2 + fresh^2 = sigma_next^2, in a form whose rounding cannot make a root's argument negative
+        kept = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)
+        fresh = eta * sigma_next * math.sqrt(1 - ratio**2)
+        x = torch.lerp(denoised, x, kept / sigma)
+        if draw is not None and sigma_next > 0:
+            x.add_(draw(i).to(x), alpha=fresh)
+    return x.to(dtype)
+
+
+@torch.no_grad()
+def ddim_inversion(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, progress: Progress | None = None, refinements: int = 0
+) -> Tensor:
+    """DDIM backwards (Song et al. 2021, section 4.3): latents x at level sigmas[-1] -> noise at level sigmas[0].
+
+    A step of ddim is x_s = x_t - (sigma_t - sigma_s) eps(x_t, sigma_t); to solve it for x_t, the network is asked at
+    x_s for want of x_t, which inverts the flow with order 1. Each of the `refinements` asks again at the x_t found (one
+    more evaluation a step): a fixed-point iteration, with which ddim over the same `sigmas` gives x again.
+
+    Raises:
+        ValueError: refinements below 0; levels that leave no step between 0 and the terminal level of a zero-SNR
+            schedule, from where nothing leads back.
+    """
+    if refinements < 0:
+        raise ValueError(f"refinements: found {refinements}, expected 0 or more")
+    dtype, x = x.dtype, x.double()
+    upwards = levels_of(sigmas)[::-1]
+    if upwards[0] == 0 and upwards[1] >= TERMINAL_SIGMA:
+        raise ValueError(f"sigmas: found {upwards[::-1]}, expected a level between the terminal one and 0")
+    for i, (sigma, sigma_above) in enumerate(pairwise(upwards)):
+        if sigma_above >= TERMINAL_SIGMA:
+            # There x is all noise, so that the step's slope at x_s says nothing, while D, a constant, says all.
+            above = x * (sigma_above / sigma)
+            denoised = evaluate(denoise, above, sigma_above)
+            x = denoised + (x - denoised) * (sigma_above / sigma)
+        else:
+            above = x
+            for _ in range(1 + refinements):
+                above = x + (1 - sigma / sigma_above) * (above - evaluate(denoise, above, sigma_above))
+            x = above
+        if progress is not None:
+            progress(i + 1, len(upwards) - 1)
+    return x.to(dtype)
+
+
+@torch.no_grad()
+def posterior_variances(denoise: Denoise, x0: Tensor, sigmas: Tensor, *, noise: Noise) -> Tensor:
+    """Mean variance of x0 given x at each level that a run evaluates, from score norms: what analytic_dpm needs.
+
+    x0 is (M, ...) clean latents that stand for the data; noise(i) is like x0, for level i. Cov(x0 | x) = sigma^2 +
+    sigma^4 Hessian(log q), whose trace has by Fisher's identity the mean d sigma^2 (1 - sigma^2 Gamma), with Gamma =
+    E|score|^2 / d (Bao et al. 2022, Theorem 1). Returns that variance per dimension, (steps,) float64, on x0's
+    device. From |score|^2 is taken |noise / sigma|^2, whose mean is known and whose fluctuation is nearly the same: at
+    high levels Gamma alone would take millions of samples.
+
+    Raises:
+        ValueError: a terminal level of zero SNR, where the score knows nothing of the data.
+    """
+    levels = levels_of(sigmas)
+    if levels[0] >= TERMINAL_SIGMA:
+        raise ValueError("sigmas: analytic_dpm needs a finite highest noise level, found zero terminal SNR")
+    x0, found = x0.double(), []
+    for i, sigma in enumerate(levels[:-1]):
+        z = noise(i).to(x0)
+        x = x0 + sigma * z
+        predicted = (x - evaluate(denoise, x, sigma)) / sigma  # -sigma score
+        found.append(sigma**2 * (z**2 - predicted**2).mean())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def analytic_dpm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
+    variances: Tensor | None = None,
+) -> Tensor:
+    """Ancestral sampling with the optimal reverse variance (Bao et al. 2022, Theorem 1 with lambda = beta_tilde).
+
+    sigma*^2 = beta_tilde + (1 - sigma_next^2 / sigma^2)^2 Var(x0 | x): exact in mean and variance for Gaussian data,
+    in however few steps. `variances` (steps,) are those of posterior_variances over the same sigmas, here clipped to
+    what Theorem 2 allows, [0, sigma^2].
+
+    Raises:
+        ValueError: no variances, or of another number of levels.
+    """
+    draw, dtype, x = given(noise, "analytic_dpm"), x.dtype, x.double()
+    count = len(levels_of(sigmas)) - 1
+    if variances is None or variances.shape != (count,):
+        found = None if variances is None else tuple(variances.shape)
+        raise ValueError(
+            f"variances: found {found}, expected ({count},), one for each step: "
+            "posterior_variances(denoise, latents, sigmas, noise=...) estimates them"
+        )
+    posterior = variances.tolist()
+    for i, sigma, sigma_next in steps(sigmas, progress):
+        denoised = evaluate(denoise, x, sigma)
+        ratio = (sigma_next / sigma) ** 2
+        x = torch.lerp(denoised, x, ratio)
+        if sigma_next > 0:
+            beta_tilde = sigma_next**2 * (1 - ratio)
+            optimal = beta_tilde + (1 - ratio) ** 2 * min(max(posterior[i], 0.0), sigma**2)
+            x.add_(draw(i).to(x), alpha=math.sqrt(optimal))
+    return x.to(dtype)
+
+
+def check_eta(eta: float) -> None:
+    """Raises ValueError unless eta, the share of the posterior's deviation that is drawn anew, is in [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: found {eta}, expected 0 to 1")
