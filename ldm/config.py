@@ -8,15 +8,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ldm.data.encoding import EncodingConfig
 from ldm.data.loader import DataConfig
-from ldm.diffusion.objective import ObjectiveConfig, check_parameterization
-from ldm.diffusion.schedule import ScheduleConfig
+from ldm.diffusion.objective_config import ObjectiveConfig, check_objective
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.model_card import CardConfig
+from ldm.models.text_conditioner import check_text_configs
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.training.distributed import DistributedConfig
@@ -71,13 +73,23 @@ class RunConfig:
     run_dir: str
     """Folder of the run: config, metrics, quarantine ledger, samples and checkpoints. The same folder again resumes."""
     autoencoder: str
-    """The pretrained VAE: folder in diffusers layout, `package:NAME/folder` inside a Python package, or hub name."""
+    """The pretrained VAE: a folder in diffusers layout, its own or a whole pipeline's; `package:NAME/folder` inside a
+    Python package; a single .safetensors file, in diffusers' or CompVis' names; or a hub name."""
     data: DataConfig
     """Shards and how samples come out of them."""
     text_encoder: TextEncoderConfig
     """The frozen text encoder."""
     unet: UNetConfig
     """The network."""
+    text_encoder_2: TextEncoderConfig | None = None
+    """Second frozen text encoder of networks like SDXL's: its states are joined to the first's, and its pooled,
+    projected output is the pooled text. Both then take layer penultimate_without_norm."""
+    empty_caption: Literal["encoded", "zeros"] = "encoded"
+    """What stands for no caption, where captions are dropped and in guidance: the encoders' own output for the empty
+    caption, or zeros, with which SDXL was trained."""
+    init_from: str | None = None
+    """Trained network to begin with instead of random weights: as `autoencoder`, but of a UNet. Read where the run
+    starts anew, not when it resumes."""
     seed: int = 0
     """Seed of everything random in the run; with the position of a sample it addresses each draw."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
@@ -102,6 +114,8 @@ class RunConfig:
     """Sample grids during training."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Loss on held-out shards with fixed draws."""
+    card: CardConfig = field(default_factory=CardConfig)
+    """What the README.md of each checkpoint says besides what the run knows."""
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
@@ -143,12 +157,36 @@ def load_config(path: Path) -> RunConfig:
 
 def check_fields(config: RunConfig) -> None:
     """Checks that need fields of several parts, before anything is built; raises ValueError."""
-    check_parameterization(config.objective.parameterization, config.noise.rescale_betas_zero_snr)
+    check_objective(config.objective, Schedule(config.noise))
+    check_storable(config)
+    encoders = (config.text_encoder, config.text_encoder_2)
+    check_text_configs([one for one in encoders if one is not None], config.empty_caption)
     warmup, steps = config.optimizer.warmup_steps, config.training.steps
     if warmup > steps:
         raise ValueError(
             f"optimizer.warmup_steps is {warmup}, but training.steps only {steps}: its peak would never be reached"
         )
+
+
+def check_storable(config: RunConfig) -> None:
+    """Raises ValueError for what objective and schedule can do, but a batch or a checkpoint has no place for."""
+    objective, schedule = config.objective, config.noise.beta_schedule
+    output = objective.parameterization
+    lacks = "diffusers' DDIMScheduler, which a checkpoint names, has none"
+    refused: list[tuple[str, object, bool, str]] = [
+        (
+            "objective.parameterization",
+            output,
+            output not in ("epsilon", "v", "x0"),
+            f"epsilon, v or x0: {lacks} other",
+        ),
+        ("objective.learned_variance", True, objective.learned_variance, f"false: {lacks}"),
+        ("objective.offset_noise", objective.offset_noise, objective.offset_noise > 0, "0: no batch has its draw"),
+        ("noise.beta_schedule", schedule, schedule == "sigmoid", f"another: {lacks} of this kind"),
+    ]
+    for name, found, is_refused, expected in refused:
+        if is_refused:
+            raise ValueError(f"{name}: found {found!r}, expected {expected}")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -193,6 +231,7 @@ FREE_WHEN_RESUMING = (
     "metrics",
     "previews",
     "validation",
+    "card",  # words about the run; what it began with (init_from) is a part of it, and not free
 )
 
 

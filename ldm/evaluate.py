@@ -26,7 +26,7 @@ from ldm.data.shards import DamagedSample, ShardReader
 from ldm.grid import labelled_grid, save_png
 from ldm.models.text_encoder import DTYPES
 from ldm.pipeline import generate
-from ldm.sample import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
+from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
 from ldm.training.checkpoint import CheckpointError
 
 SIDE = 32

@@ -6,8 +6,8 @@ decode_latents; each can be called by itself, and `generate` calls them batch by
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,20 @@ from ldm.data.draws import Purpose, normal
 from ldm.diffusion.denoiser import denoiser
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.objective import TargetName
-from ldm.diffusion.samplers import SAMPLERS, Noise, Progress, start
+from ldm.diffusion.samplers import OF_NOISE_ALONE, SAMPLERS, Noise, Progress, start
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.spacing import sigmas
 from ldm.models.autoencoder import AutoencoderKL, unscale_latents
 from ldm.models.conditioning import Conditioning
-from ldm.models.pretrained import save_component
+from ldm.models.pretrained import build_from_weights, save_component
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.unet import UNet
+from ldm.models.whitening import without_shift
+from ldm.pipeline_fit import check_draws_from_text, fit_problems, inpaints
 from ldm.pipeline_folder import (
+    CARD,
     FROZEN,
-    PIPELINE_CLASS,
     check_files,
-    check_index,
     link_folder,
     read_scheduler,
     write_index,
@@ -69,6 +70,27 @@ class Pipeline:
             raise ValueError("unet sample_size: not set, expected the height and width of the latents to sample")
         return self.autoencoder.config.latent_channels, size, size
 
+    def latent_shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of that many pixels; None: of the size that the network was trained on.
+
+        Raises:
+            ValueError: no multiple of the autoencoder's factor, or None where the network's config tells no size.
+        """
+        factor = self.autoencoder.downsample_factor
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (side < 1 or side % factor):
+                raise ValueError(
+                    f"{name}: found {side} pixels, expected a multiple of the autoencoder's factor {factor}"
+                )
+        if height is not None and width is not None:
+            return self.autoencoder.config.latent_channels, height // factor, width // factor
+        channels, trained, _ = self.latent_shape
+        return (
+            channels,
+            trained if height is None else height // factor,
+            trained if width is None else width // factor,
+        )
+
 
 def load_pipeline(
     folder: Path,
@@ -77,7 +99,9 @@ def load_pipeline(
     *,
     channels_last: bool = False,
 ) -> Pipeline:
-    """Loads a pipeline folder: one that this program wrote, or a StableDiffusionPipeline of diffusers.
+    """Loads a pipeline folder: one that this program wrote, or one of diffusers' for Stable Diffusion 1.x, 2.x or XL.
+
+    Parts that drawing out of prompts does not need (safety checker, feature extractor) are left where they are.
 
     Args:
         dtype: precision of the network's computation; weights are float32 and autocast where it is lower.
@@ -89,37 +113,25 @@ def load_pipeline(
     """
     folder = Path(folder)
     check_files(folder)
-    check_index(folder)
     schedule, parameterization = read_scheduler(folder)
+    unet_config, weights = UNet.open(folder / "unet")
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    text_encoder = TextConditioner.from_pipeline(folder, device)
+    # Before the network's weights are read: they are most of a pipeline.
+    if problems := fit_problems(unet_config, autoencoder.config, text_encoder):
+        raise ValueError(f"{folder}: parts that do not fit each other:\n  " + "\n  ".join(problems))
+    if autoencoder.config.shift_factor:
+        logger.warning(
+            "%s/vae/config.json: shift_factor %s is applied here; diffusers' pipelines of Stable Diffusion ignore it "
+            "(saved by this program, it is inside the autoencoder's convolutions)",
+            folder,
+            autoencoder.config.shift_factor,
+        )
     # The network's weights keep requires_grad: of others autocast makes its lowered copies anew at each step.
-    unet = UNet.from_pretrained(folder / "unet").eval().to(device)
+    unet = build_from_weights(lambda: UNet(unet_config), weights, torch.float32).eval().to(device)
     if channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False).to(device)
-    pipeline = Pipeline(
-        unet, autoencoder, TextConditioner.from_pipeline(folder, device), schedule, parameterization, dtype
-    )
-    check_fit(pipeline, folder)
-    return pipeline
-
-
-def check_fit(pipeline: Pipeline, folder: Path) -> None:
-    """Raises ValueError where network, autoencoder and text encoder of a folder do not fit each other."""
-    unet, autoencoder = pipeline.unet.config, pipeline.autoencoder.config
-    problems = []
-    for name in ("in_channels", "out_channels"):
-        if getattr(unet, name) != autoencoder.latent_channels:
-            problems.append(
-                f"unet/config.json: {name} is {getattr(unet, name)}, "
-                f"but the latents of vae/ have {autoencoder.latent_channels} channels"
-            )
-    if unet.cross_attention_dim != pipeline.text_encoder.hidden_size:
-        problems.append(
-            f"unet/config.json: cross_attention_dim is {unet.cross_attention_dim}, "
-            f"but the states of text_encoder/ are {pipeline.text_encoder.hidden_size} wide"
-        )
-    if problems:
-        raise ValueError(f"{folder}: parts that do not fit each other:\n  " + "\n  ".join(problems))
+    return Pipeline(unet, autoencoder.to(device), text_encoder, schedule, parameterization, dtype)
 
 
 def save_pipeline(
@@ -128,32 +140,36 @@ def save_pipeline(
     *,
     unet_state: Mapping[str, Tensor] | None = None,
     frozen_from: Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a pipeline folder that `load_pipeline` and diffusers' DiffusionPipeline.from_pretrained open.
 
+    The autoencoder's shift_factor, which diffusers' pipelines of Stable Diffusion ignore, goes into its convolutions.
+
     Args:
         unet_state: weights for unet/ instead of the network's own: averaged ones, by the same names.
-        frozen_from: an earlier folder of the same run, from which vae/, text_encoder/ and tokenizer/ are hard-linked
-            (or copied, where the file system cannot link the two) instead of written again.
+        frozen_from: an earlier folder of the same run, from which vae/ and the folders of text encoders and tokenizers
+            are hard-linked (or copied, where the file system cannot link the two) instead of written again.
+        card: text of README.md, the model card; no such file when None.
 
     Raises:
         FileNotFoundError: `frozen_from` lacks files; names them.
     """
-    if pipeline.autoencoder.config.shift_factor:
-        logger.warning("%s: diffusers' %s does not apply the autoencoder's shift_factor", folder, PIPELINE_CLASS)
     folder.mkdir(parents=True, exist_ok=True)
     unet = pipeline.unet
     state = unet.state_dict() if unet_state is None else unet_state
     save_component(state, unet.config.to_dict(), folder / "unet", class_name="UNet2DConditionModel")
     if frozen_from is None:
-        pipeline.autoencoder.save_pretrained(folder / "vae")
+        without_shift(pipeline.autoencoder).save_pretrained(folder / "vae")
         pipeline.text_encoder.save(folder)
     else:
         check_files(frozen_from)
         for name in FROZEN:
             link_folder(frozen_from / name, folder / name)
     write_scheduler(folder, pipeline.schedule, pipeline.parameterization)
-    write_index(folder, pipeline.text_encoder)
+    write_index(folder, pipeline.text_encoder, inpainting=inpaints(unet.config, pipeline.autoencoder.config))
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], negative: str = "") -> tuple[Conditioning, Conditioning]:
@@ -163,9 +179,9 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], negative: str = "
     return conditioning, without.to(dtype=torch.float32).expand(len(prompts))
 
 
-def initial_noise(pipeline: Pipeline, seed: int, indices: Sequence[int]) -> Tensor:
-    """Unit noise (B, C, h, w) float32 on the CPU, a function of seed and each picture's index alone."""
-    return addressed_noise(seed, Purpose.SAMPLE_NOISE, indices, pipeline.latent_shape)
+def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit noise (B, *shape) float32 on the CPU, a function of seed and each picture's index alone."""
+    return addressed_noise(seed, Purpose.SAMPLE_NOISE, indices, shape)
 
 
 def addressed_noise(
@@ -175,10 +191,15 @@ def addressed_noise(
     return torch.from_numpy(np.stack([normal(seed, purpose, index, *address, shape=shape) for index in indices]))
 
 
-def step_noise(pipeline: Pipeline, seed: int, indices: Sequence[int]) -> Noise:
-    """Noise of the steps of a stochastic sampler: step -> (B, C, h, w), a function of seed, index and step alone."""
-    shape = pipeline.latent_shape
-    return lambda step: addressed_noise(seed, Purpose.SAMPLER_NOISE, indices, shape, step).to(pipeline.device)
+def step_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
+    """Noise of the steps of a stochastic sampler: step -> (B, *shape), a function of seed, index and step alone."""
+    return lambda step: addressed_noise(seed, Purpose.SAMPLER_NOISE, indices, shape, step).to(device)
+
+
+def sizes_of(noise: Tensor, factor: int) -> Tensor:
+    """Sizes (B, 6) for noise (B, C, h, w): a whole picture of its own size, as diffusers tells SDXL's network."""
+    height, width = noise.shape[-2] * factor, noise.shape[-1] * factor
+    return torch.tensor([[height, width, 0, 0, height, width]]).expand(len(noise), -1)
 
 
 @torch.no_grad()
@@ -198,6 +219,8 @@ def sample_latents(
 ) -> Tensor:
     """Latents (B, C, h, w) as the network knows them (scaled), float32, from unit noise of that shape.
 
+    A network that takes sizes is told those of the whole picture, where the conditioning has none.
+
     Args:
         noise: unit variance, also where sampling starts from a level with signal left.
         fresh_noise: what a stochastic sampler adds at each step.
@@ -205,9 +228,14 @@ def sample_latents(
     Raises:
         ValueError: an unknown sampler or spacing, steps or guidance out of range.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    if sampler not in OF_NOISE_ALONE:
+        raise ValueError(f"sampler: found {sampler!r}, expected one of {', '.join(OF_NOISE_ALONE)}")
     levels = sigmas(pipeline.schedule, steps, spacing)
+    if pipeline.unet.config.pooled_channels:
+        sizes = sizes_of(noise, pipeline.autoencoder.downsample_factor).to(pipeline.device)
+        conditioning, unconditional = (
+            part if part.sizes is not None else replace(part, sizes=sizes) for part in (conditioning, unconditional)
+        )
     denoise = guided(
         denoiser(pipeline.unet, pipeline.schedule, pipeline.parameterization),
         conditioning,
@@ -248,6 +276,10 @@ def generate(
     negative: str = "",
     guidance_rescale: float = 0.0,
     spacing: str = "trailing",
+    height: int | None = None,
+    width: int | None = None,
+    noise: Tensor | None = None,
+    keep: Callable[[Tensor], object] | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -261,16 +293,22 @@ def generate(
         indices: address of each picture's noise under the seed; 0, 1, 2, ... when None.
         guidance: scale; 1 is the conditional network alone, which costs half.
         negative: what to lead away from, instead of the empty caption.
+        height, width: of the pictures in pixels; None: what the network was trained on, or what `noise` says.
+        noise: unit noise (N, C, h, w) to start from, instead of that of seed and indices.
+        keep: called with the latents (B, C, h, w) of each batch, on the CPU, before they are decoded.
         progress: called after each step of each batch with the steps done and the steps of all batches.
 
     Raises:
-        ValueError: no prompts, another number of indices, a batch size below 1, or as `sample_latents`.
+        ValueError: no prompts, another number of indices, a batch size below 1, noise of another shape, a network for
+            inpainting, or as `sample_latents`.
     """
     indices = range(len(prompts)) if indices is None else indices
     if not prompts or len(indices) != len(prompts):
         raise ValueError(f"generate: found {len(prompts)} prompts and {len(indices)} indices, expected one for each")
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    check_draws_from_text(pipeline.unet.config, pipeline.autoencoder.config)
+    shape = _checked_shape(pipeline, len(prompts), height, width, noise)
     starts = range(0, len(prompts), batch_size)
     pictures = []
     for batch, first in enumerate(starts):
@@ -285,14 +323,32 @@ def generate(
             pipeline,
             conditioning,
             unconditional,
-            initial_noise(pipeline, seed, indices[part]),
+            initial_noise(seed, indices[part], shape) if noise is None else noise[part],
             sampler=sampler,
             steps=steps,
             guidance=guidance,
             guidance_rescale=guidance_rescale,
             spacing=spacing,
-            fresh_noise=step_noise(pipeline, seed, indices[part]),
+            fresh_noise=step_noise(seed, indices[part], shape, pipeline.device),
             progress=report,
         )
+        if keep is not None:
+            keep(latents.cpu())
         pictures.append(decode_latents(pipeline, latents))
     return np.concatenate(pictures)
+
+
+def _checked_shape(
+    pipeline: Pipeline, count: int, height: int | None, width: int | None, noise: Tensor | None
+) -> tuple[int, int, int]:
+    if noise is None:
+        return pipeline.latent_shape_of(height, width)
+    factor = pipeline.autoencoder.downsample_factor
+    height, width = height or noise.shape[-2] * factor, width or noise.shape[-1] * factor
+    expected = (count, *pipeline.latent_shape_of(height, width))
+    if tuple(noise.shape) != expected:
+        raise ValueError(
+            f"noise: found shape {tuple(noise.shape)}, expected {expected}: {count} pictures of {height}x{width} "
+            f"pixels with the autoencoder's {expected[1]} latent channels and factor {factor}"
+        )
+    return expected[1:]

@@ -7,6 +7,7 @@ names file and field. Weights and configs of the parts are written by the parts 
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,25 @@ from typing import Any
 from ldm.diffusion.objective import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.text_conditioner import TextConditioner
+from ldm.models.text_loading import FOLDERS
 
-PIPELINE_CLASS = "StableDiffusionPipeline"
+# Number of text encoders of each class of pipeline that is opened here: with and without inpainting.
+PIPELINE_CLASSES = {
+    "StableDiffusionPipeline": 1,
+    "StableDiffusionInpaintPipeline": 1,
+    "StableDiffusionXLPipeline": 2,
+    "StableDiffusionXLInpaintPipeline": 2,
+}
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 PREDICTION_TYPES: dict[TargetName, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+CARD = "README.md"
+LAYOUT = "0.24.0"
+"""Release of diffusers whose layout is written: its inpainting pipelines do not open a folder that names none."""
+
 # Files of a pipeline folder; any one of the names in a row will do. The first is the one that is written here.
-FILES = (
+FILES: tuple[tuple[str, ...], ...] = (
     (INDEX,),
     ("unet/config.json",),
     ("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"),
@@ -33,17 +45,42 @@ FILES = (
     ("tokenizer/tokenizer.json", "tokenizer/vocab.*", "tokenizer/spiece.model"),
     (SCHEDULER,),
 )
-FROZEN = ("vae", "text_encoder", "tokenizer")
-"""Folders that do not change in training."""
+FILES_OF_PAIR: tuple[tuple[str, ...], ...] = tuple(
+    tuple(f"{name.split('/')[0]}_2/{name.split('/')[1]}" for name in names)
+    for names in FILES
+    if names[0].startswith(("text_encoder/", "tokenizer/"))
+)
+"""Files that a pipeline with two text encoders has besides."""
+FROZEN = ("vae", *(name for pair in FOLDERS for name in pair))
+"""Folders that do not change in training; those of a second text encoder are there in pipelines that have one."""
 
 
 def check_files(folder: Path) -> None:
-    """Raises FileNotFoundError that names every file which the pipeline folder lacks."""
+    """Raises FileNotFoundError that names every file which the folder lacks, and ValueError as `read_index`."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline folder with model_index.json")
-    missing = [names[0] for names in FILES if not any(any(folder.glob(name)) for name in names)]
+        raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline folder with {INDEX}")
+    files = FILES
+    if (folder / INDEX).is_file() and count_text_encoders(folder) == 2:
+        files += FILES_OF_PAIR
+    missing = [names[0] for names in files if not any(any(folder.glob(name)) for name in names)]
     if missing:
-        raise FileNotFoundError(f"{folder} is not a whole pipeline folder; it lacks:\n  " + "\n  ".join(missing))
+        raise FileNotFoundError(
+            f"{folder} is not a whole pipeline folder{_pickles_instead(folder, missing)}; it lacks:\n  "
+            + "\n  ".join(missing)
+        )
+
+
+def _pickles_instead(folder: Path, missing: list[str]) -> str:
+    weights = [name for name in missing if name.endswith(".safetensors")]
+    found = [(pickle, name) for name in weights for pickle in sorted((folder / name).parent.glob("*.bin"))]
+    if not found:
+        return ""
+    pickle, name = found[0]
+    return (
+        f" (pickles are not read: {', '.join(str(path.relative_to(folder)) for path, _ in found)}; "
+        f"`python tools/convert_checkpoint.py {shlex.quote(str(pickle))} {shlex.quote(str(folder / name))}` makes "
+        "safetensors of one)"
+    )
 
 
 def write_scheduler(folder: Path, schedule: Schedule, parameterization: TargetName) -> None:
@@ -63,6 +100,11 @@ def write_scheduler(folder: Path, schedule: Schedule, parameterization: TargetNa
 
 def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
     """Schedule and parameterization of the folder's scheduler_config.json, whatever sampler it names.
+
+    Settings of that sampler are not read: sampler, steps and spacing are the caller's. With timestep_spacing leading
+    and steps_offset 1, as Stable Diffusion is shipped, DDIM's and Euler's levels are those of the spacing `leading_1`,
+    DPMSolverMultistep's those of `leading_1_multistep`. What no spacing expresses: set_alpha_to_one false (DDIM then
+    stops at the noise of the first timestep, here at none), and DDIM with linspace, which steps to t - T // S.
 
     Raises:
         ValueError: a field is missing or has a value that is not supported; names it.
@@ -89,28 +131,46 @@ def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
     return Schedule(config), names[prediction]
 
 
-def write_index(folder: Path, text_encoder: TextConditioner) -> None:
-    """Writes model_index.json: which class of which library opens each folder."""
-    values = {
-        "_class_name": PIPELINE_CLASS,
+def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool) -> None:
+    """Writes model_index.json: which class of diffusers opens the folder, and which class of which library each part.
+
+    Two text encoders make a StableDiffusionXLPipeline, whose empty negative prompt is zeros where that is what the
+    network was trained with; one makes a StableDiffusionPipeline.
+    """
+    pair = len(text_encoder.encoders) == 2
+    kind = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpainting else ''}Pipeline"
+    values: dict[str, Any] = {
+        "_class_name": kind,
+        "_diffusers_version": LAYOUT,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", type(text_encoder.encoders[0].model).__name__],
-        "tokenizer": ["transformers", type(text_encoder.encoders[0].tokenizer).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     }
+    if pair:
+        values["force_zeros_for_empty_prompt"] = text_encoder.empty_caption == "zeros"
+    else:
+        values |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    values["scheduler"] = ["diffusers", "DDIMScheduler"]
+    for encoder, (model, tokenizer) in zip(text_encoder.encoders, FOLDERS, strict=False):
+        values[model] = ["transformers", type(encoder.model).__name__]
+        values[tokenizer] = ["transformers", type(encoder.tokenizer).__name__]
+    values |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     _write_json(folder / INDEX, values)
 
 
-def check_index(folder: Path) -> None:
-    """Raises ValueError unless model_index.json is that of a StableDiffusionPipeline."""
-    kind = _read_json(folder / INDEX).get("_class_name")
-    if kind != PIPELINE_CLASS:
-        raise ValueError(f"{folder / INDEX}: _class_name is {kind!r}, expected {PIPELINE_CLASS!r}")
+def read_index(folder: Path) -> dict[str, Any]:
+    """Values of model_index.json; raises ValueError unless it is that of a pipeline that is opened here."""
+    values = _read_json(folder / INDEX)
+    kind = values.get("_class_name")
+    if kind not in PIPELINE_CLASSES:
+        raise ValueError(
+            f"{folder / INDEX}: _class_name is {kind!r}, expected one of {', '.join(map(repr, PIPELINE_CLASSES))}"
+        )
+    return values
+
+
+def count_text_encoders(folder: Path) -> int:
+    """Text encoders that the pipeline of model_index.json has: 1 or 2; raises as `read_index`."""
+    return PIPELINE_CLASSES[read_index(folder)["_class_name"]]
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -29,7 +29,8 @@ from ldm.training.metrics import Clock, Console, peak_memory_gib, window_metrics
 from ldm.training.optimizer import learning_rate, set_learning_rate, step_unless
 from ldm.training.outcome import INTERRUPTED, RunStatus, fail_before_start, only_program
 from ldm.training.previews import draw_previews
-from ldm.training.run import Run, build_run, finish_writing, resume, save
+from ldm.training.run import Run, build_run
+from ldm.training.run_state import finish_writing, resume, save
 from ldm.training.signals import StopRequest
 from ldm.training.validation import validation_loss
 from ldm.training.wrapping import resolve_precision
@@ -141,7 +142,7 @@ def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor
     """Loss per sample (B,), timesteps (B,) and latents (B, C, h, w) of a batch on the device."""
     schedule, objective = run.pipeline.schedule, run.config.objective
     latents, conditioning = latents_of(run, batch), conditioning_of(run, batch)
-    t = timesteps(batch.u, schedule, objective)
+    t = timesteps(batch.u, schedule, objective, batch.positions, run.config.training.global_batch)
     return loss_per_sample(network, schedule, objective, latents, batch.noise, t, conditioning), t, latents
 
 
@@ -158,9 +159,9 @@ def latents_of(run: Run, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
-    """Text states (B, L, D), those of dropped captions being the encoder's own empty caption's; and sizes (B, 6)."""
+    """Text (B, L, D), of a pair pooled text (B, P), both of dropped captions the empty caption's; and sizes (B, 6)."""
     text_encoder, states = run.pipeline.text_encoder, batch.text_states
-    given = text_encoder.encode(batch.captions) if states is None else Conditioning(states)
+    given = text_encoder.encode(batch.captions) if states is None else Conditioning(states, batch.text_pooled)
     text = given.where(batch.dropped, text_encoder.empty())
     return Conditioning(text.text, text.pooled, batch.sizes)
 

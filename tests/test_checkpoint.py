@@ -34,6 +34,7 @@ def state(step: int) -> TrainingState:
 
 def write_pipeline(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
+    (folder / "README.md").write_text("# A card\n")
     (folder / "unet").mkdir()
     write_tensors({"conv.weight": torch.ones(3, 4)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -90,6 +91,13 @@ def test_resume_takes_the_newest_complete_one_and_says_what_it_passed_over(tmp_p
     assert len(said) == 2
     assert "step-00000009: hashes.json is missing" in said[0]
     assert "step-00000003: training_state/unet.safetensors has 4 bytes" in said[1]
+
+
+def test_people_may_go_on_writing_in_the_model_card(tmp_path):
+    saved = save(tmp_path, 1)
+    (saved / "README.md").write_text("# A better card\n")
+    assert load_training_state(saved)[0].step == 1
+    assert newest_complete(tmp_path, pytest.fail) == saved
 
 
 def test_none_complete_is_an_error_and_not_a_fresh_start(tmp_path):

@@ -25,11 +25,11 @@ def test_every_shipped_config_parses_and_its_resolved_form_reads_back_the_same(p
 
 
 def test_the_configs_that_users_rely_on_are_there():
-    assert {"demo", "debug", "sd15", "sd21"} <= {p.stem for p in RUNS}
+    assert {"demo", "debug", "sd15", "sd21", "sdxl", "finetune_sd15"} <= {p.stem for p in RUNS}
 
 
 def test_stable_diffusion_configs_train_epsilon_on_epsilon():
-    for name in ("sd15", "sd21"):
+    for name in ("sd15", "sd21", "sdxl", "finetune_sd15"):
         objective = parse(f"--config={ROOT / 'configs' / name}.yaml").objective
         assert (objective.parameterization, objective.loss) == ("epsilon", "epsilon")
 
@@ -69,11 +69,18 @@ def test_an_unknown_setting_in_the_file_is_an_error_that_names_it(part, name, tm
         ("--objective.parameterization=noise", "parameterization"),
         ("--previews.sampler=dpm", "previews.sampler: found 'dpm'"),
         ("--noise.rescale_betas_zero_snr=true", "found 'epsilon' with zero terminal SNR"),
+        ("--objective.parameterization=flow", "found 'flow', expected epsilon, v or x0"),
+        ("--objective.loss=flow --objective.offset_noise=0.1", "objective.offset_noise: found 0.1, expected 0"),
+        ("--objective.learned_variance=true", "objective.learned_variance: found True, expected false"),
+        ("--noise.beta_schedule=sigmoid", "noise.beta_schedule: found 'sigmoid', expected another"),
+        ("--previews.sampler=analytic_dpm", "previews.sampler: found 'analytic_dpm'"),
+        ("--empty_caption=zeros", "empty_caption: found zeros, expected encoded for one encoder"),
+        ("--text_encoder_2.source=a", "text_encoder.layer: found last, expected penultimate_without_norm"),
     ],
 )
 def test_an_impossible_value_ends_with_status_2_and_says_what_is_allowed(word, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(f"--config={DEBUG}", word)
+        parse(f"--config={DEBUG}", *word.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -97,3 +104,6 @@ def test_only_what_makes_another_run_counts_as_a_difference():
     assert differences(config, other) == []
     other = to_dict(parse(f"--config={DEBUG}", "--data.flip=0.5", "--training.global_batch=8"))
     assert differences(config, other) == ["data.flip: 0.0 -> 0.5", "training.global_batch: 16 -> 8"]
+    assert differences(config, to_dict(parse(f"--config={DEBUG}", "--card.title=Emoji"))) == []
+    other = to_dict(parse(f"--config={DEBUG}", "--init_from=owner/model"))
+    assert differences(config, other) == ["init_from: None -> owner/model"]

@@ -26,6 +26,7 @@ from PIL import Image
 from ldm.data.batch import Batch
 from ldm.data.loader import DataConfig, make_loader
 from ldm.data.manifest import Manifest, build_manifest
+from ldm.data.positions import Positions
 from ldm.data.quarantine import Ledger
 
 TRUNCATIONS = trials.number("LDM_TRUNCATIONS", 120)
@@ -84,10 +85,9 @@ def epoch(shards: Shards) -> Iterator[Batch]:
     """One epoch in this process; the order comes from the seed."""
     resolution = 64 if shards.kind == "encoded" else 40
     config = DataConfig(shards=str(shards.folder), resolution=resolution, workers=0, shards_per_block=2)
-    split = {"rank": 0, "world": 1, "micro_batch": MICRO_BATCH, "accumulation": 1}
-    latent = (4, 16, 16)
     steps = {"start_step": 0, "stop_step": SAMPLES // MICRO_BATCH}
-    return iter(make_loader(config, Manifest.load(shards.folder), 5, latent_shape=latent, **split, **steps))
+    positions = Positions(rank=0, world=1, micro_batch=MICRO_BATCH, accumulation=1, **steps)
+    return iter(make_loader(config, Manifest.load(shards.folder), 5, positions, latent_shape=(4, 16, 16)))
 
 
 @pytest.fixture(scope="module", params=KINDS)

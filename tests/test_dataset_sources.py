@@ -1,18 +1,16 @@
-"""Several sources and aspect-ratio buckets through the real loader: exact, as the order says, and refused if unfit."""
+"""Several sources through the real loader: exact for any processes and resumes, as the order says, refused if unfit."""
 
-import io
 import itertools
 import multiprocessing
 import re
 import resource
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_mixtures import KINDS, Case, bucket_sample, make_cases, other_sample, reference, several
 from tiny_shards import (
     COUNTS,
     ENCODER,
@@ -21,88 +19,23 @@ from tiny_shards import (
     encoded_sample,
     global_batches,
     loader_of,
-    png,
-    raw_sample,
     write,
 )
 
 from ldm.config import load_config, to_yaml
-from ldm.data.batch import Batch
 from ldm.data.buckets import BucketConfig
 from ldm.data.cache import CacheConfig
 from ldm.data.data_config import DataConfig, SourceConfig
 from ldm.data.dataset import SampleDataset, damage_of_indexing
-from ldm.data.draws import Purpose, generator, uniform
+from ldm.data.draws import Purpose, uniform
 from ldm.data.interleaving import Mix
-from ldm.data.loader import make_validation_loader, validation_batches
 from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.order import Order
-
-SQUARE = (2, 8, 8)  # latents of 16 x 16 pixels, two pixels a side each
-BUCKETS = BucketConfig(step=4, max_aspect=2.0)
-SHAPES = [(16, 8), (20, 12), (16, 16), (12, 20), (8, 16)]  # the buckets of 16 x 16 pixels in steps of 4
-
-
-def other_sample(shard: int, number: int) -> dict:
-    """Of a second source: the same keys, other content."""
-    return encoded_sample(shard + 100, number)
-
-
-def picture_sample(shard: int, number: int) -> dict:
-    """A picture of one of several aspects, with pixels that tell which."""
-    height, width = [(40, 20), (20, 40), (33, 33), (24, 18), (16, 24), (90, 20)][(shard + number) % 6]
-    pixels = np.random.default_rng([shard, number]).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return {"__key__": f"k{number:03d}", "png": png(pixels), "txt": f"caption {shard} {number}"}
-
-
-def bucket_sample(shard: int, number: int) -> dict:
-    """Moments of one of the buckets' shapes."""
-    height, width = SHAPES[(2 * shard + number) % 5]
-    rng = np.random.default_rng([shard, number])
-    return {
-        "__key__": f"k{number:03d}",
-        "moments.npy": rng.standard_normal((4, height // 2, width // 2)).astype(np.float16),
-        "flipped.npy": rng.standard_normal((4, height // 2, width // 2)).astype(np.float16),
-        "txt": f"caption {shard} {number}",
-        "json": {"size": [10 * height, 10 * width], "crop": [0, shard]},
-    }
-
-
-class Case(NamedTuple):
-    manifests: Any
-    settings: DataConfig
-    changes: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    root = tmp_path_factory.mktemp("sources")
-    encoded, raw = write(root / "encoded"), write(root / "raw", raw_sample)
-    other = write(root / "other", other_sample, [9, 3])
-    pictures, moments = write(root / "pictures", picture_sample, encoder=None), write(root / "moments", bucket_sample)
-    more = write(root / "more", bucket_sample, [11, 4])
-    two: dict[str, Any] = {"shards": [SourceConfig(shards="a", weight=1), SourceConfig(shards="b", weight=2)]}
-    any_shape: dict[str, Any] = {"resolution": 16, "buckets": BUCKETS, "flip": 0.5}
-    square = {"latent_shape": SQUARE}
-    return {
-        "encoded": Case(encoded, config(root, flip=0.5), {}),
-        "raw": Case(raw, config(root, flip=0.5, crop="random"), {}),
-        "two sources": Case([encoded, other], config(root, flip=0.5, **two), {}),
-        "buckets raw": Case(pictures, config(root, crop="random", **any_shape), square),
-        "buckets encoded": Case(moments, config(root, **any_shape), square),
-        "buckets of two sources": Case([moments, more], config(root, **any_shape, **two), square),
-    }
-
-
-KINDS = ["encoded", "raw", "two sources", "buckets raw", "buckets encoded", "buckets of two sources"]
-_references: dict[str, list[dict]] = {}
-
-
-def reference(kind: str, case: Case) -> list[dict]:
-    """Sixteen steps of 8 in one process, in one piece."""
-    if kind not in _references:
-        _references[kind] = global_batches(case.manifests, case.settings, 1, 0, 16, **case.changes)
-    return _references[kind]
+    return make_cases(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
@@ -118,13 +51,9 @@ def test_global_batches_are_equal_for_1_2_4_processes_0_1_2_workers_and_resumes(
     found = []
     for start, stop in ((0, first), (first, second), (second, 16)):
         # What a process keeps in memory, such as the order of the epoch it is in, must not matter.
-        fresh = [Manifest.load(one.folder) for one in _several(case.manifests)]
+        fresh = [Manifest.load(one.folder) for one in several(case.manifests)]
         found += global_batches(fresh, settings, world, start, stop, **case.changes)
     assert found == reference(kind, case)
-
-
-def _several(manifests: Manifest | list[Manifest]) -> list[Manifest]:
-    return [manifests] if isinstance(manifests, Manifest) else manifests
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
@@ -171,69 +100,13 @@ def test_a_weight_alone_does_not_alter_one_source(cases: dict[str, Case]) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:buckets with fewer samples")
-def test_a_step_is_of_one_bucket_and_holds_the_pictures_of_its_aspect_cropped_to_it(cases: dict[str, Case]) -> None:
-    case, seed = cases["buckets raw"], 3
-    seen = set()
-    batches = list(
-        loader_of(case.manifests, case.settings, seed, micro_batch=4, accumulation=2, stop_step=20, latent_shape=SQUARE)
-    )
-    for step in range(20):
-        assert batches[2 * step].noise.shape == batches[2 * step + 1].noise.shape
-    for batch in batches:
-        assert batch.images is not None
-        height, width = batch.images.shape[2:]
-        assert (height, width) in SHAPES
-        assert batch.noise.shape == batch.posterior_noise.shape == (4, 2, height // 2, width // 2)
-        seen.add((height, width))
-        for row, position in enumerate(batch.positions.tolist()):
-            shard, number = (int(one) for one in batch.captions[row].split()[1:])
-            picture = Image.open(io.BytesIO(picture_sample(shard, number)["png"]))
-            # The nearest bucket by the ratio of the aspects.
-            ratios = [abs(np.log(picture.width / picture.height * h / w)) for h, w in SHAPES]
-            assert ratios[SHAPES.index((height, width))] == pytest.approx(min(ratios))
-            scale = max(height / picture.height, width / picture.width)
-            size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            place = generator(seed, Purpose.CROP, position).random(2)
-            top, left = int(place[0] * (size[1] - height + 1)), int(place[1] * (size[0] - width + 1))
-            resized = np.asarray(picture.resize(size, Image.Resampling.LANCZOS) if size != picture.size else picture)
-            wanted = resized[top : top + height, left : left + width]
-            if generator(seed, Purpose.FLIP, position).random() < 0.5:
-                wanted = wanted[:, ::-1]
-            np.testing.assert_allclose(batch.images[row].permute(1, 2, 0), wanted / 127.5 - 1, atol=1e-6)
-            assert batch.sizes[row].tolist() == [picture.height, picture.width, top, left, height, width]
-            expected = generator(seed, Purpose.NOISE, position).standard_normal(batch.noise.shape[1:], dtype=np.float32)
-            np.testing.assert_array_equal(batch.noise[row], expected)
-    assert len(seen) >= 4
-
-
-@pytest.mark.filterwarnings("ignore:buckets with fewer samples")
-def test_encoded_buckets_give_the_moments_of_their_shape(cases: dict[str, Case]) -> None:
-    case = cases["buckets of two sources"]
-    seen = Counter()
-    for batch in loader_of(case.manifests, case.settings, stop_step=30, latent_shape=SQUARE):
-        assert batch.moments is not None
-        height, width = 2 * batch.moments.shape[2], 2 * batch.moments.shape[3]
-        assert batch.noise.shape == (8, 2, height // 2, width // 2)
-        seen[height, width] += 1
-        for row, position in enumerate(batch.positions.tolist()):
-            shard, number = (int(one) for one in batch.captions[row].split()[1:])
-            flip = generator(3, Purpose.FLIP, position).random() < 0.5
-            expected = bucket_sample(shard, number)["flipped.npy" if flip else "moments.npy"]
-            np.testing.assert_array_equal(batch.moments[row], expected)
-            assert batch.sizes[row].tolist() == [10 * height, 10 * width, 0, shard, height, width]
-            assert batch.keys[row].startswith(("0:s-", "1:s-"))
-    assert set(seen) == set(SHAPES)
-    assert not any(batch.quarantined for batch in loader_of(case.manifests, case.settings, latent_shape=SQUARE))
-
-
-@pytest.mark.filterwarnings("ignore:buckets with fewer samples")
 @pytest.mark.parametrize("kind", ["two sources", "buckets encoded"])
 def test_a_damaged_sample_gives_way_to_the_same_reserve_of_its_bucket(
     cases: dict[str, Case], kind: str, tmp_path: Path
 ) -> None:
     case = cases[kind]
     copies = []
-    for number, manifest in enumerate(_several(case.manifests)):
+    for number, manifest in enumerate(several(case.manifests)):
         make = {"two sources": [encoded_sample, other_sample], "buckets encoded": [bucket_sample]}[kind][number]
         copies.append(write(tmp_path / str(number), make, manifest.counts))
     last = copies[-1]
@@ -305,17 +178,6 @@ def test_sources_that_do_not_fit_each_other_are_an_error_that_names_both(
             loader_of([encoded] * number, settings)
 
 
-def test_a_batch_of_several_buckets_and_buckets_that_do_not_fit_are_errors(cases: dict[str, Case]) -> None:
-    case = cases["buckets encoded"]
-    dataset = SampleDataset(case.settings, case.manifests, 3, latent_shape=SQUARE, global_batch=8)
-    with pytest.raises(ValueError, match="positions 0 to 79 are of several buckets"):
-        dataset.__getitems__(range(80))
-    with pytest.raises(ValueError, match="need a global batch"):
-        SampleDataset(case.settings, case.manifests, 3, latent_shape=SQUARE)
-    with pytest.raises(ValueError, match="multiples of 8, the autoencoder's downsample factor"):
-        SampleDataset(case.settings, case.manifests, 3, latent_shape=(2, 2, 2), global_batch=8)
-
-
 def test_text_states_of_a_wider_type_than_the_first_samples_are_refused_and_never_narrowed(tmp_path: Path) -> None:
     def sample(shard: int, number: int) -> dict:
         one = encoded_sample(shard, number)
@@ -331,70 +193,6 @@ def test_text_states_of_a_wider_type_than_the_first_samples_are_refused_and_neve
         stored = encoded_sample(0, int(key[-3:]))["text.npy"]
         assert batch.text_states is not None
         np.testing.assert_array_equal(batch.text_states[row], stored)
-
-
-@pytest.mark.parametrize("kind", ["buckets raw", "buckets encoded"])
-@pytest.mark.parametrize(
-    ("samples", "world", "micro_batch"), [(None, 1, 8), (53, 2, 4), (20, 2, 3), (30, 4, 100), (53, 4, 1)]
-)
-def test_validation_with_buckets_covers_each_sample_once_in_batches_of_one_bucket(
-    cases: dict[str, Case], kind: str, samples: int | None, world: int, micro_batch: int
-) -> None:
-    case = cases[kind]
-    lengths, positions, noises = set(), [], {}
-    for rank in range(world):
-        loader = make_validation_loader(
-            config(Path(), **vars(case.settings) | {"crop": "center"}),
-            case.manifests,
-            3,
-            latent_shape=SQUARE,
-            rank=rank,
-            world=world,
-            micro_batch=micro_batch,
-            samples=samples,
-        )
-        batches: list[Batch] = list(loader)
-        lengths.add(len(batches))
-        for batch in batches:
-            assert 1 <= len(batch.keys) <= micro_batch + 1
-            assert len({tuple(one) for one in batch.sizes[:, 4:].tolist()}) == 1
-            positions += batch.positions.tolist()
-            for position, key in zip(batch.positions.tolist(), batch.keys, strict=True):
-                in_file_order = [
-                    f"s-{shard}.tar/k{one:03d}" for shard, count in enumerate(COUNTS) for one in range(count)
-                ]
-                assert key == in_file_order[position]
-            noises |= dict(zip(batch.positions.tolist(), batch.noise, strict=True))
-    assert len(lengths) == 1
-    assert sorted(positions) == list(range(samples or 53))
-    own_seed = int(generator(3, Purpose.VALIDATION).bit_generator.random_raw())
-    for position, noise in noises.items():
-        expected = generator(own_seed, Purpose.NOISE, position).standard_normal(noise.shape, dtype=np.float32)
-        np.testing.assert_array_equal(noise, expected)
-
-
-def test_batches_of_2000_random_groups_cover_them_as_many_for_each_process() -> None:
-    print("seed 6, 2,000 trials")
-    rng = np.random.default_rng(6)
-    none = 0
-    for _ in range(2000):
-        sizes = rng.integers(1, 30, rng.integers(1, 6)).tolist()
-        starts = [0, *itertools.accumulate(sizes)]
-        groups = [range(first, last) for first, last in itertools.pairwise(starts)]
-        world, micro_batch = int(rng.integers(1, 9)), int(rng.integers(1, 12))
-        batches = validation_batches(groups, world, micro_batch)
-        if not batches:
-            none += 1
-            # No multiple of the number of processes lies between one batch a group and one a sample.
-            assert not [count for count in range(len(groups), sum(sizes) + 1) if count % world == 0]
-            continue
-        assert len(batches) % world == 0
-        assert list(itertools.chain(*batches)) == list(range(sum(sizes)))
-        assert all(any(set(batch) <= set(group) for group in groups) for batch in batches)
-        assert all(batch for batch in batches)
-        if -(-sum(-(-size // micro_batch) for size in sizes) // world) * world <= sum(sizes):
-            assert max(map(len, batches)) <= micro_batch
-    assert 0 < none < 500
 
 
 @pytest.mark.parametrize(

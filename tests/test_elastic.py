@@ -25,6 +25,7 @@ from PIL import Image
 from ldm.data.batch import Batch
 from ldm.data.loader import DataConfig, make_loader
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
 from ldm.data.shards import write_shards
 from ldm.train import INTERRUPTED
 
@@ -122,13 +123,15 @@ def global_batches(
                 config,
                 Manifest.load(manifest.folder),
                 seed,
+                Positions(
+                    rank=rank,
+                    world=segment.world,
+                    micro_batch=segment.micro_batch,
+                    accumulation=accumulation,
+                    start_step=start,
+                    stop_step=segment.stop,
+                ),
                 latent_shape=LATENT,
-                rank=rank,
-                world=segment.world,
-                micro_batch=segment.micro_batch,
-                accumulation=accumulation,
-                start_step=start,
-                stop_step=segment.stop,
             )
             ranks.append(list(loader))
         for step in range(segment.stop - start):

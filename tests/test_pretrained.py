@@ -133,9 +133,12 @@ def test_all_that_does_not_fit_is_listed_in_one_error_and_the_module_is_left_alo
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin", "model.pth", "model.pkl"])
 def test_pickles_are_refused_as_a_file_and_as_all_that_a_folder_holds(tmp_path: Path, name: str) -> None:
     torch.save(network().state_dict(), tmp_path / name)
-    with pytest.raises(ValueError, match=r"is a pickle, which can run code .* only .safetensors is read"):
+    with pytest.raises(ValueError, match=r"is a pickle, which can run code .* `python tools/convert_checkpoint.py .*"):
         load_weights(network(), Weights(tmp_path / name, "network"))
-    with pytest.raises(FileNotFoundError, match=rf"no safetensors weights .* found {name} \(pickles are not read\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"no safetensors weights .* found {name} \(pickles .* `python tools/convert_checkpoint.py .*{name} .*`",
+    ):
         load_weights(network(), Weights(tmp_path, "network"))
 
 

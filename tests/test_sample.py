@@ -183,6 +183,4 @@ def test_a_prompt_longer_than_the_encoder_takes_is_drawn_and_reported_with_its_t
     with caplog.at_level("WARNING"):
         main(["--checkpoint", str(run), "--prompt", prompt, "--out", str(tmp_path / "a.png"), *FAST])
     assert (tmp_path / "a.png").is_file()
-    assert (
-        f"cut to the 16 that the text encoder takes (further ones are counted, not reported): {prompt!r}" in caplog.text
-    )
+    assert f"cut to the 16 that text_encoder takes (further ones are counted, not reported): {prompt!r}" in caplog.text

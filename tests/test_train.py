@@ -21,10 +21,13 @@ from ldm.data.batch import Batch
 from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
+from ldm.diffusion.objective import ObjectiveConfig
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.text_encoder import TextEncoderConfig
-from ldm.train import INTERRUPTED, conditioning_of, latents_of
+from ldm.train import INTERRUPTED, batch_loss, conditioning_of, latents_of
 from ldm.training.distributed import EngineError
 from ldm.training.optimizer import OptimizerConfig, learning_rate
 from ldm.training.outcome import RunFolderError
@@ -176,8 +179,8 @@ def test_held_out_shards_of_another_encoder_are_refused(encoded_shards, tmp_path
 
 def first_batch(shards: Path, dropout: float) -> Batch:
     config = DataConfig(shards=str(shards), resolution=64, caption_dropout=dropout, workers=0)
-    split = {"rank": 0, "world": 1, "micro_batch": 12, "accumulation": 1, "start_step": 0, "stop_step": 1}
-    return next(iter(make_loader(config, Manifest.load(shards), 3, latent_shape=(4, 16, 16), **split)))
+    positions = Positions(rank=0, world=1, micro_batch=12, accumulation=1, start_step=0, stop_step=1)
+    return next(iter(make_loader(config, Manifest.load(shards), 3, positions, latent_shape=(4, 16, 16))))
 
 
 @pytest.mark.parametrize("kind", ["raw_shards", "encoded_shards"])
@@ -205,6 +208,22 @@ def test_latents_are_samples_of_the_posterior_shifted_and_scaled_once(encoded_sh
     expected = 0.18215 * (mean - 0.25 + (logvar / 2).exp() * batch.posterior_noise)
     torch.testing.assert_close(latents_of(run, batch), expected)
     assert not torch.allclose(latents_of(run, batch), 0.18215 * (mean - 0.25), atol=1e-4)  # the mode is no sample
+
+
+def test_stratified_timesteps_are_one_from_each_part_of_the_global_batch(encoded_shards):
+    batch = first_batch(encoded_shards, dropout=0.0)
+    batch.moments = torch.zeros_like(batch.moments, dtype=torch.float32)
+    pipeline = SimpleNamespace(
+        autoencoder=SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0, shift_factor=None)),
+        text_encoder=TextConditioner.load([TextEncoderConfig(MINILM, max_length=16, attention_mask=True)]),
+        schedule=Schedule(ScheduleConfig()),
+    )
+    of_run = {"objective": ObjectiveConfig(stratified=True), "training": SimpleNamespace(global_batch=12)}
+    run = SimpleNamespace(pipeline=pipeline, config=SimpleNamespace(**of_run))
+    _, t, _ = batch_loss(run, lambda x, t, conditioning: torch.zeros_like(x), batch)
+    bounds = [1000 * part / 12 for part in range(13)]
+    for part, one in enumerate(sorted(t.tolist())):
+        assert int(bounds[part]) <= one < bounds[part + 1]
 
 
 def test_resuming_gives_the_undisturbed_run_byte_by_byte(undisturbed, encoded_shards, tmp_path):

@@ -1,9 +1,7 @@
-"""The UNet against diffusers' UNet2DConditionModel on the same weights, and against published parameter counts."""
+"""The UNet's config, files, precision, memory, compilation and errors; test_unet_parity.py compares its numbers."""
 
 import inspect
 import math
-import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from published_configs import SD14
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from unet_pairs import PARITY_LIMIT, SMALL, call_diffusers, deviation, random_inputs, small_pair
 
 from ldm.models import attention as attention_module
 from ldm.models.attention import BACKENDS
 from ldm.models.blocks import Attention, embed_numbers
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import FIXED, UNet, UNetConfig
-
-PARITY_CONFIGS = int(os.environ.get("LDM_PARITY_CONFIGS", "12"))
-PARITY_SEED = int(os.environ.get("LDM_PARITY_SEED", "0"))
-PARITY_LIMIT = 1e-5
-
-# The parts of the published unet/config.json files that differ from diffusers' defaults.
-SD1: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-INPAINTING = {**SD1, "in_channels": 9}
-SD2 = {
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-    "upcast_attention": True,
-}
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "upcast_attention": None,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-PUBLISHED = {"sd1": SD1, "inpainting": INPAINTING, "sd2": SD2, "sdxl": SDXL}
-SMALL = {
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [16, 32],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 12,
-    "norm_num_groups": 4,
-}
-
-
-@pytest.mark.parametrize(
-    ("config", "parameters", "keys"),
-    [(SD1, 859_520_964, 686), (INPAINTING, 859_535_364, 686), (SD2, 865_910_724, 686), (SDXL, 2_567_463_684, 1_680)],
-    ids=list(PUBLISHED),
-)
-def test_published_shapes_have_the_published_parameter_and_key_counts(
-    config: dict[str, Any], parameters: int, keys: int
-) -> None:
-    with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(config))
-    assert sum(p.numel() for p in unet.parameters()) == parameters
-    assert len(unet.state_dict()) == keys
-
-
-@pytest.mark.parametrize(
-    ("config", "size", "billions"), [(SD1, 32, 90.1), (SD1, 64, 401.6), (SD2, 32, 90.5), (SD2, 64, 402.1)]
-)
-def test_forward_costs_the_published_multiply_accumulates(config: dict[str, Any], size: int, billions: float) -> None:
-    with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(config))
-        x, t, text = torch.empty(1, 4, size, size), torch.empty(1), torch.empty(1, 77, config["cross_attention_dim"])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, t, Conditioning(text))
-    assert round(counter.get_total_flops() / 2e9, 1) == billions
-
-
-@pytest.mark.parametrize("name", list(PUBLISHED))
-def test_state_dict_names_and_shapes_are_those_of_diffusers(name: str) -> None:
-    with torch.device("meta"):
-        ours = UNet(UNetConfig.from_dict(PUBLISHED[name])).state_dict()
-        theirs = UNet2DConditionModel.from_config(PUBLISHED[name]).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet_config import FIXED
 
 
 def test_defaults_and_fixed_settings_are_the_defaults_of_diffusers() -> None:
@@ -106,7 +33,7 @@ def test_defaults_and_fixed_settings_are_the_defaults_of_diffusers() -> None:
 def test_every_setting_of_diffusers_that_would_change_the_network_is_refused_by_name() -> None:
     wrong = {name: 7 if value in (None, 64) else "other" for name, value in FIXED.items()}
     with pytest.raises(ValueError, match="not supported") as error:
-        UNetConfig.from_dict({**SD1, **wrong, "made_up": 1, "_class_name": "x", "_diffusers_version": "0.6"})
+        UNetConfig.from_dict({**SD14, **wrong, "made_up": 1, "_class_name": "x", "_diffusers_version": "0.6"})
     assert all(f"{name}: found" in str(error.value) for name in wrong)
     assert "made_up: 1 is not a known setting" in str(error.value)
     assert "_class_name" not in str(error.value)
@@ -129,109 +56,6 @@ def test_every_setting_of_diffusers_that_would_change_the_network_is_refused_by_
 def test_a_shape_that_cannot_be_built_is_refused_with_field_and_value(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**SMALL, **change})
-
-
-def random_config(rng: random.Random, family: str) -> dict[str, Any]:
-    """SD 1.x, inpainting, 2.x or XL in small, otherwise of any shape."""
-    levels = 3 if family == "sdxl" else rng.choice([2, 3, 4])
-    groups = rng.choice([2, 4])
-    heads = [rng.choice([1, 2, 4]) for _ in range(levels)]
-    # Two channels or more a group: with one, GroupNorm takes away the bias before it, whose gradient is rounding alone.
-    channels = [groups * 4 * rng.randint(1, 3) for _ in range(levels)]
-    attends = [rng.random() < 0.7 for _ in range(levels)]
-    if family == "sdxl":
-        attends = [False, True, True]
-    config: dict[str, Any] = {
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "block_out_channels": channels,
-        "layers_per_block": rng.choice([1, 2, [rng.randint(1, 2) for _ in range(levels)]]),
-        "norm_num_groups": groups,
-        "cross_attention_dim": rng.choice([8, 20]),
-        "attention_head_dim": heads if family in ("sd2", "sdxl") else min(heads),
-        "use_linear_projection": family in ("sd2", "sdxl"),
-        "in_channels": 9 if family == "inpainting" else 4,
-    }
-    if family == "sdxl":
-        config |= {
-            "transformer_layers_per_block": [1, 2, 3],
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 6,
-            "projection_class_embeddings_input_dim": 6 * 6 + 10,
-        }
-    return config
-
-
-def random_inputs(config: UNetConfig, seed: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Conditioning]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    pooled = draw(2, config.pooled_channels) if config.pooled_channels else None
-    sizes = torch.randint(0, 1025, (2, 6), generator=generator).float() if config.pooled_channels else None
-    t = torch.randint(0, 1000, (2,), generator=generator)
-    if seed % 2:
-        t = t + 0.25
-    return draw(2, config.in_channels, *size), t, Conditioning(draw(2, 7, config.cross_attention_dim), pooled, sizes)
-
-
-def call_diffusers(model: UNet2DConditionModel, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
-    return model(x, t, conditioning.text, added_cond_kwargs=added).sample
-
-
-def deviation(found: Tensor | None, expected: Tensor | None) -> float:
-    """Largest difference relative to the largest value; infinite when something is missing or not a number."""
-    if found is None or expected is None or found.shape != expected.shape:
-        return math.inf
-    difference = float((found - expected).detach().abs().max())
-    if difference == 0:
-        return 0.0
-    relative = difference / max(float(expected.detach().abs().max()), 1e-30)
-    return math.inf if math.isnan(relative) else relative
-
-
-def test_outputs_and_all_gradients_equal_diffusers_within_1e5_on_random_configs() -> None:
-    """12 configs (LDM_PARITY_CONFIGS), seed 0 (LDM_PARITY_SEED), latents of even and odd sizes, float32."""
-    rng = random.Random(PARITY_SEED)
-    worst_output, worst_gradient = (0.0, ""), (0.0, "")
-    for trial in range(PARITY_CONFIGS):
-        family = ("sd1", "sd2", "inpainting", "sdxl")[trial % 4]
-        values = random_config(rng, family)
-        # Two pixels or more at the innermost level: over one alone the gradients of q and k are zero, or rounding.
-        smallest = 2 ** (len(values["block_out_channels"]) - 1) + 1
-        size = (rng.randint(smallest, smallest + 7), rng.randint(smallest, smallest + 7))
-        torch.manual_seed(trial)
-        theirs = UNet2DConditionModel.from_config(values)
-        ours = UNet(UNetConfig.from_dict(values))
-        ours.load_state_dict(theirs.state_dict())
-        x, t, conditioning = random_inputs(ours.config, trial, size)
-        upstream = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(trial))
-        out, expected = ours(x, t, conditioning), call_diffusers(theirs, x, t, conditioning)
-        out.backward(upstream)
-        expected.backward(upstream)
-        what = f"{family}, config {trial} of seed {PARITY_SEED}, latents {size}"
-        worst_output = max(worst_output, (deviation(out, expected), what))
-        gradients = {name: p.grad for name, p in theirs.named_parameters()}
-        for name, parameter in ours.named_parameters():
-            difference = deviation(parameter.grad, gradients.pop(name))
-            worst_gradient = max(worst_gradient, (difference, f"{name} of {what}"))
-        assert not gradients
-    print(f"\n{PARITY_CONFIGS} configs, seed {PARITY_SEED}: output {worst_output}, gradient {worst_gradient}")
-    assert worst_output[0] <= PARITY_LIMIT, worst_output
-    assert worst_gradient[0] <= PARITY_LIMIT, worst_gradient
-
-
-def small_pair(**change: Any) -> tuple[UNet, UNet2DConditionModel]:
-    torch.manual_seed(0)
-    theirs = UNet2DConditionModel.from_config({**SMALL, **change})
-    ours = UNet(UNetConfig(**{**SMALL, **change}))
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def test_settings_that_random_configs_leave_alone_equal_diffusers_too() -> None:
-    ours, theirs = small_pair(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-2, out_channels=3, sample_size=8)
-    x, t, conditioning = random_inputs(ours.config, 3, (8, 8))
-    assert deviation(ours(x, t, conditioning), call_diffusers(theirs, x, t, conditioning)) < PARITY_LIMIT
 
 
 def test_diffusers_opens_what_save_pretrained_writes(tmp_path: Path) -> None:

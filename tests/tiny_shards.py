@@ -15,6 +15,7 @@ from ldm.data.batch import Batch
 from ldm.data.data_config import DataConfig
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest, build_manifest
+from ldm.data.positions import Positions
 from ldm.data.shards import write_shard
 
 LATENT = (2, 4, 4)
@@ -67,11 +68,22 @@ def config(folder: Path, **changes: object) -> DataConfig:
     return DataConfig(**{"shards": str(folder), "resolution": 8, "workers": 0, "shards_per_block": 2} | changes)
 
 
+def positions_of(**changes: int) -> Positions:
+    """Six steps of one process with one micro-batch of 8, but for `changes`."""
+    split = {"rank": 0, "world": 1, "micro_batch": 8, "accumulation": 1, "start_step": 0, "stop_step": 6}
+    return Positions(**split | changes)
+
+
 def loader_of(
-    manifest: Manifest | list[Manifest], settings: DataConfig, seed: int = 3, **changes: Any
+    manifest: Manifest | list[Manifest],
+    settings: DataConfig,
+    seed: int = 3,
+    *,
+    latent_shape: tuple[int, int, int] = LATENT,
+    context: str | None = None,
+    **changes: int,
 ) -> torch.utils.data.DataLoader[Batch]:
-    split = {"rank": 0, "world": 1, "micro_batch": 8, "accumulation": 1, "start_step": 0, "stop_step": 6} | changes
-    return make_loader(settings, manifest, seed, **{"latent_shape": LATENT} | split)
+    return make_loader(settings, manifest, seed, positions_of(**changes), latent_shape=latent_shape, context=context)
 
 
 def flat(batches: list[Batch]) -> dict[str, object]:

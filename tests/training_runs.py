@@ -28,9 +28,11 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(launcher: list[str], run_dir: Path, shards: Path, *options: str, **environment: str) -> subprocess.Popen:
+def launch(
+    launcher: list[str], run_dir: Path, shards: Path, *options: str, config: Path = DEBUG, **environment: str
+) -> subprocess.Popen:
     """Starts the program under a launcher, two threads in all."""
-    program = [*launcher, str(ROOT / "ldm/train.py"), f"--config={DEBUG}"]
+    program = [*launcher, str(ROOT / "ldm/train.py"), f"--config={config}"]
     words = [*program, f"--run_dir={run_dir}", f"--data.shards={shards}"]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(

@@ -27,6 +27,7 @@ from ldm.data.data_config import DataConfig
 from ldm.data.dataset import SampleDataset
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
 from ldm.data.samples import Draws
 from ldm.data.shard_index import index_path
 from ldm.data.shard_list import ShardEntry
@@ -283,13 +284,8 @@ def first_batch(folder: Path, position: int) -> dict[str, float]:
         config,
         manifest,
         SEED,
+        Positions(rank=0, world=1, micro_batch=256, accumulation=1, start_step=step, stop_step=step + 2),
         latent_shape=(channels // 2, height, width),
-        rank=0,
-        world=1,
-        micro_batch=256,
-        accumulation=1,
-        start_step=step,
-        stop_step=step + 2,
     )
     batch = next(iter(loader))
     assert batch.positions[0] == step * 256

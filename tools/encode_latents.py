@@ -1,8 +1,8 @@
 """Encodes raw shards into latents: `accelerate launch tools/encode_latents.py --config configs/X.yaml`.
 
 In: `encoding.shards` (and `encoding.validation`) with their manifests. Out: encoded shards in `data.shards` (and
-`data.validation`): moments, captions, text states, and a manifest with the encoder's identity. Several processes share
-the shards; run again, it goes on where it stopped.
+`data.validation`): moments, captions, text states and pooled text, and a manifest with the encoder's identity. Several
+processes share the shards; run again, it goes on where it stopped.
 """
 
 import sys
@@ -20,7 +20,6 @@ from ldm.data.manifest import MANIFEST_NAME, Manifest, build_manifest
 from ldm.data.quarantine import FEWEST_SEEN, Ledger, QuarantineLimitError
 from ldm.data.storage import is_url
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.pretrained import resolve_source
 from ldm.models.text_conditioner import TextConditioner
 from ldm.training.distributed import start_accelerator
 
@@ -43,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if Path(raw).resolve() == Path(out).resolve():
             raise SystemExit(f"raw and encoded shards have the same folder {raw}: set data.shards to another")
     accelerator = start_accelerator(config.distributed, "no")
-    autoencoder = AutoencoderKL.from_pretrained(resolve_source(config.autoencoder)).eval().to(accelerator.device)
-    text_encoder = TextConditioner.load([config.text_encoder], accelerator.device)
+    autoencoder = AutoencoderKL.from_pretrained(config.autoencoder).eval().to(accelerator.device)
+    text_encoder = TextConditioner.load(
+        [config.text_encoder, config.text_encoder_2], accelerator.device, config.empty_caption
+    )
     for raw, out in pairs:
         encode_folder(Path(raw), Path(out), config, accelerator, autoencoder, text_encoder)
     accelerator.end_training()

@@ -24,7 +24,8 @@ from ldm.train import batch_loss, settle, train_step
 from ldm.training.checkpoint import CheckpointError, checkpoint_name, verify_checkpoint
 from ldm.training.distributed import split_global_batch, start_accelerator
 from ldm.training.metrics import Clock, Console
-from ldm.training.run import Run, build_run, restore
+from ldm.training.run import Run, build_run
+from ldm.training.run_state import begin, restore
 from ldm.training.wrapping import resolve_precision
 
 
@@ -75,6 +76,8 @@ def replay(folder: Path, step: int, position: int | None, shards: str | None) ->
     checkpoint = newest_before(folder / "checkpoints", step)
     with tempfile.TemporaryDirectory() as scratch:  # ledger and logs of what is done again
         run = run_like(config, scratch, shards)
+        if checkpoint is None:
+            begin(run, say)
         start = restore(run, checkpoint, say) if checkpoint is not None else 0
         say(f"going on after step {start}, from {checkpoint or 'the initial weights'}")
         batches = run.data.training_batches(run.share, start, step)

@@ -26,6 +26,7 @@ from ldm.data.batch import Batch
 from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader, make_validation_loader
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
 from ldm.data.quarantine import Ledger
 from ldm.grid import save_png
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, posterior_mean
@@ -229,13 +230,15 @@ def training_batches(run: Trained) -> Iterable[Batch]:
         run.config.data,
         run.manifest,
         run.config.seed,
+        Positions(
+            rank=run.accelerator.process_index,
+            world=run.split.processes,
+            micro_batch=run.split.micro_batch,
+            accumulation=run.split.accumulation,
+            start_step=0,
+            stop_step=run.config.training.steps,
+        ),
         latent_shape=run.latent_shape,
-        rank=run.accelerator.process_index,
-        world=run.split.processes,
-        micro_batch=run.split.micro_batch,
-        accumulation=run.split.accumulation,
-        start_step=0,
-        stop_step=run.config.training.steps,
     )
 
 

@@ -41,6 +41,8 @@ class Batch:
     """(B, 2C, h, w) float16 or float32, as stored: mean and log-variance, unscaled; None for raw shards"""
     text_states: Tensor | None
     """(B, L, D) in the type stored; None where the shards have none"""
+    text_pooled: Tensor | None
+    """(B, P) in the type stored; None where the shards have none"""
     sizes: Tensor
     """(B, 6) float32: original height and width, crop top and left, target height and width, in pixels"""
     u: Tensor

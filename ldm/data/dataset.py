@@ -16,7 +16,7 @@ from ldm.data.batch import Batch
 from ldm.data.buckets import BucketMembers, Shape, bucket_counts, bucket_shapes
 from ldm.data.data_config import DataConfig
 from ldm.data.manifest import Manifest
-from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_array
+from ldm.data.members import FLIPPED, MOMENTS, POOLED, TEXT, float_form
 from ldm.data.mixing import Place, Places, RunOrder
 from ldm.data.pictures import RAW_EXTENSIONS
 from ldm.data.quarantine import Quarantined
@@ -207,8 +207,11 @@ class SampleDataset(Dataset[Batch]):
             self._check(reader.manifest, extensions)
             form = Form(MOMENTS in extensions, self.buckets[0], latent_shape, moments_dtype=moments_dtype)
             if form.encoded and TEXT in extensions:
-                states = first_text_states(reader)
-                form = form._replace(text=states.shape, text_dtype=torch.from_numpy(np.array(states)).dtype)
+                shape, dtype = first_floats(reader, TEXT)
+                form = form._replace(text=shape, text_dtype=dtype)
+                if POOLED in extensions:
+                    shape, dtype = first_floats(reader, POOLED)
+                    form = form._replace(pooled=shape, pooled_dtype=dtype)
             forms.append(form)
         for number, form in enumerate(forms):
             if form != forms[0]:
@@ -231,6 +234,13 @@ class SampleDataset(Dataset[Batch]):
             )
         if encoded and self.config.crop == "random":
             raise ValueError(f"data.crop is 'random', but {where}: encoded pictures are cropped already; use 'center'")
+        identity = manifest.encoder or {}
+        pair = identity.get("text_encoder_2") is not None
+        if encoded and TEXT in extensions and identity.get("text_encoder") and pair != (POOLED in extensions):
+            raise ValueError(
+                f"{where}, but its manifest names {'a' if pair else 'no'} second text encoder, whose pooled text would "
+                f"be .{POOLED}: encode the raw shards again with tools/encode_latents.py"
+            )
         if encoded and manifest.encoder is None:
             warnings.warn(
                 f"{where}, but its manifest does not say what encoded them: nobody can tell whether they fit this run",
@@ -238,8 +248,8 @@ class SampleDataset(Dataset[Batch]):
             )
 
 
-def first_text_states(reader: ShardReader) -> np.ndarray:
-    """The text states of the first sample that can be read: all samples share their shape and type.
+def first_floats(reader: ShardReader, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the member `name` of the first sample where it can be read: all samples share them.
 
     Raises:
         ValueError: none can.
@@ -247,20 +257,19 @@ def first_text_states(reader: ShardReader) -> np.ndarray:
     for shard, count in enumerate(reader.manifest.counts):
         for sample in range(count):
             try:
-                states = decode_array(reader.members(shard, sample)[TEXT], TEXT)
+                return float_form(reader.members(shard, sample)[name], name)
             except (DamagedSample, KeyError, ValueError):
                 continue  # recorded when its position comes
-            if states.dtype in (np.float16, np.float32):
-                return states
-    raise ValueError(f"{reader.manifest.folder}: none of the members .{TEXT} is readable")
+    raise ValueError(f"{reader.manifest.folder}: none of the members .{name} is readable")
 
 
 def _kind(form: Form) -> str:
     if not form.encoded:
         return "pictures"
-    return (
-        "moments without text states" if form.text is None else f"moments and {form.text_dtype} text states {form.text}"
-    )
+    if form.text is None:
+        return "moments without text states"
+    pooled = "" if form.pooled is None else f" with {form.pooled_dtype} pooled text {form.pooled}"
+    return f"moments and {form.text_dtype} text states {form.text}{pooled}"
 
 
 def damage_of_indexing(manifests: Sequence[Manifest]) -> list[Quarantined]:

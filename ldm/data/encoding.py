@@ -1,11 +1,11 @@
-"""From raw shards to encoded shards: posterior moments, captions, text states, and the identity of what encoded them.
+"""From raw shards to encoded shards: posterior moments, captions, text, and the identity of what encoded them.
 
-Enters: raw shards with a manifest, an autoencoder, a text encoder. Leaves: one encoded shard for each raw one, under
+Enters: raw shards with a manifest, an autoencoder, text encoders. Leaves: one encoded shard for each raw one, under
 its name only when it is complete, and a manifest that says by what it was encoded, so that training can refuse others.
 
 Stages: 1. the shards of this process that are not there yet -> 2. pictures decoded by workers, batches of one shape
-within one shard -> 3. moments (and those of the mirrored picture) and text states on the device -> 4. one tar, in the
-order of the raw one.
+within one shard -> 3. moments (and those of the mirrored picture), text states and pooled text on the device -> 4. one
+tar, in the order of the raw one.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.buckets import BucketConfig, Shape, assign, bucket_shapes
 from ldm.data.loader import start_worker
 from ldm.data.manifest import Manifest
-from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_caption, decode_json, original_size
+from ldm.data.members import FLIPPED, MOMENTS, POOLED, TEXT, decode_caption, decode_json, original_size
 from ldm.data.pictures import Picture, decode_picture, normalize
 from ldm.data.quarantine import Ledger, Quarantined
 from ldm.data.shards import DamagedSample, ShardReader, write_shard
@@ -46,7 +46,8 @@ class EncodingConfig:
     validation: str | None = None
     """Folder of raw held-out shards, encoded into `data.validation`."""
     text_states: bool = False
-    """Store the text encoder's states too: training runs no text encoder, disks hold L x D more numbers a sample."""
+    """Store the text encoder's states too, and of a pair the pooled text: training runs no text encoder, disks hold
+    L x D (and P) more numbers a sample."""
     flipped: bool = False
     """Store the moments of the mirrored picture too, which `data.flip` needs with encoded shards."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -108,9 +109,14 @@ def identity_problems(found: dict[str, Any], expected: dict[str, Any]) -> list[s
             names = sorted(stored.keys() | value.keys())
             pairs = [(f"{key}.{name}", stored.get(name), value.get(name)) for name in names]
         else:
-            pairs = [(key, stored, value)]
+            pairs = [(key, _brief(stored), _brief(value))]
         problems += [f"the shards were encoded with {name} {a}, but this run has {b}" for name, a, b in pairs if a != b]
     return problems
+
+
+def _brief(value: Any) -> Any:
+    """A model's identity as its class alone, where it stands against none."""
+    return value.get("class", "one") if isinstance(value, dict) else value
 
 
 class Decoded(NamedTuple):
@@ -260,14 +266,20 @@ def encode_batch(
     images = normalize(np.stack([one.picture.pixels for one in batch])).to(device)  # (B, 3, H, W) in [-1, 1]
     moments = _stored(autoencoder.encode(images), config.dtype)
     flipped = _stored(autoencoder.encode(images.flip(3)), config.dtype) if config.flipped else None
-    states = _stored(text_encoder.encode([one.caption for one in batch]).text, config.dtype) if text_encoder else None
+    text: dict[str, np.ndarray] = {}
+    if text_encoder is not None:
+        given = text_encoder.encode([one.caption for one in batch])
+        text = {
+            name: _stored(values, config.dtype)
+            for name, values in ((TEXT, given.text), (POOLED, given.pooled))
+            if values is not None
+        }
     samples = []
     for i, one in enumerate(batch):
         sample: dict[str, Any] = {"__key__": one.key, MOMENTS: moments[i], "txt": one.caption}
         if flipped is not None:
             sample[FLIPPED] = flipped[i]
-        if states is not None:
-            sample[TEXT] = states[i]
+        sample |= {name: values[i] for name, values in text.items()}
         sample["json"] = one.note | {"size": original_size(one.note, one.picture.size), "crop": one.picture.crop}
         samples.append(sample)
     return samples

@@ -2,7 +2,7 @@
 
 In: manifests, a seed, and the positions of a step. Out: a `Batch` for each micro-batch, in order, with its draws.
 
-    1. step, rank         -> positions           rank_positions: the same global batch for any number of processes
+    1. step, rank         -> positions           positions.Positions: the same global batch for any number of processes
     2. positions          -> places              mixing.RunOrder: sources, buckets, block shuffle; once an epoch each
     3. places             -> members             shards.ShardReader: by offset, checksums compared
     4. positions          -> draws               samples.draw: crop, flip, caption, dropout, timestep
@@ -14,7 +14,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,32 +28,9 @@ from ldm.data.data_config import DataConfig
 from ldm.data.dataset import SampleDataset
 from ldm.data.draws import Purpose, generator
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
 
 PARENT_SECONDS = 2.0  # between looks of a worker whether its training process is still there
-
-
-def rank_positions(step: int, rank: int, world: int, micro_batch: int, accumulation: int) -> list[range]:
-    """Stage 1: positions of each micro-batch of one process at optimizer step `step`.
-
-    The global batch B = world * accumulation * micro_batch at step k is positions kB .. (k + 1)B - 1; rank r takes its
-    r-th part, and micro-batch m the m-th part of that, so that any split of B gives the same global batches.
-    """
-    first = ((step * world + rank) * accumulation) * micro_batch
-    return [range(first + part * micro_batch, first + (part + 1) * micro_batch) for part in range(accumulation)]
-
-
-class _Plan:
-    """The batch sampler: positions of each batch to come, in order, the same at each iteration."""
-
-    def __init__(self, batches: int, positions: Callable[[int], Sequence[int]]) -> None:
-        self.batches = batches
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(self.positions(number)) for number in range(self.batches))
 
 
 def _whole(batch: Any) -> Any:
@@ -102,7 +79,7 @@ def loader_options(config: DataConfig, context: str | None) -> dict[str, Any]:
     return options
 
 
-def _loader(dataset: SampleDataset, plan: _Plan, context: str | None) -> DataLoader[Batch]:
+def _loader(dataset: SampleDataset, plan: Iterable[list[int]], context: str | None) -> DataLoader[Batch]:
     return DataLoader(dataset, batch_sampler=plan, collate_fn=_whole, **loader_options(dataset.config, context))
 
 
@@ -110,17 +87,12 @@ def make_loader(
     config: DataConfig,
     manifests: Manifest | Sequence[Manifest],
     seed: int,
+    positions: Positions,
     *,
     latent_shape: tuple[int, int, int],
-    rank: int,
-    world: int,
-    micro_batch: int,
-    accumulation: int,
-    start_step: int,
-    stop_step: int,
     context: str | None = None,
 ) -> DataLoader[Batch]:
-    """Micro-batches of one process from `start_step` up to but without `stop_step`, `accumulation` of them a step.
+    """Micro-batches of one process, in order.
 
     With buckets all micro-batches of a step, on all processes, are of one bucket.
 
@@ -135,21 +107,15 @@ def make_loader(
         StorageError: a shard at a URL cannot be read.
     """
     several = [manifests] if isinstance(manifests, Manifest) else manifests
-    if rank == 0:
+    first = positions.rank == 0
+    if first:
         for manifest in several:
             manifest.check_files()
-    global_batch = world * micro_batch * accumulation
-    dataset = SampleDataset(
-        config, several, seed, latent_shape=latent_shape, global_batch=global_batch, progress=rank == 0
-    )
-    if rank == 0 and len(dataset.buckets) > 1:
+    global_batch = positions.global_batch
+    dataset = SampleDataset(config, several, seed, latent_shape=latent_shape, global_batch=global_batch, progress=first)
+    if first and len(dataset.buckets) > 1:
         warn_of_small_buckets(dataset.buckets, dataset.order.counts, global_batch)
-
-    def positions(number: int) -> range:
-        step, part = divmod(number, accumulation)
-        return rank_positions(start_step + step, rank, world, micro_batch, accumulation)[part]
-
-    return _loader(dataset, _Plan((stop_step - start_step) * accumulation, positions), context)
+    return _loader(dataset, positions, context)
 
 
 def make_validation_loader(
@@ -197,7 +163,7 @@ def make_validation_loader(
             f"batches as the others{f', and they are of {len(groups)} buckets' if len(groups) > 1 else ''}"
         )
     own = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
-    return _loader(dataset, _Plan(len(own), own.__getitem__), context)
+    return _loader(dataset, [list(positions) for positions in own], context)
 
 
 def validation_batches(groups: Sequence[Sequence[int]], world: int, micro_batch: int) -> list[Sequence[int]]:

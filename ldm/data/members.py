@@ -1,7 +1,7 @@
-"""From a sample's members, as they lie in the shard, to its caption, moments and text states.
+"""From a sample's members, as they lie in the shard, to its caption, moments, text states and pooled text.
 
-In: bytes by extension ("txt", "json", "moments.npy", "flipped.npy", "text.npy"), as bytes or as views of a map.
-Out: checked values; a ValueError says why a sample cannot be used. (Pictures: pictures.py.)
+In: bytes by extension ("txt", "json", "moments.npy", "flipped.npy", "text.npy", "pooled.npy"), as bytes or as views of
+a map. Out: checked values; a ValueError says why a sample cannot be used. (Pictures: pictures.py.)
 """
 
 import io
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.data.shapes import MOMENTS as MOMENTS
 
-FLIPPED, TEXT = "flipped.npy", "text.npy"
+FLIPPED, TEXT, POOLED = "flipped.npy", "text.npy", "pooled.npy"
 Members = Mapping[str, bytes | memoryview]
 """A sample's members by extension."""
 
@@ -190,6 +190,14 @@ def decode_floats(members: Members, name: str, shape: tuple[int, ...]) -> np.nda
     if not np.isfinite(array).all():
         raise ValueError(f"member .{name} holds NaN or infinity")
     return array
+
+
+def float_form(data: bytes | memoryview, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a .npy member of float16 or float32; raises ValueError where it is none."""
+    array = decode_array(data, name)
+    if array.dtype not in (np.float16, np.float32):
+        raise ValueError(f"member .{name} is {array.dtype}, expected float16 or float32")
+    return array.shape, torch.from_numpy(np.empty(0, array.dtype.newbyteorder("="))).dtype
 
 
 def decode_floats_into(out: Tensor, members: Sequence[Members | None], names: Sequence[str]) -> list[bool]:

@@ -16,6 +16,7 @@ from ldm.data.draws import Purpose, generator, normal, uniforms
 from ldm.data.members import (
     FLIPPED,
     MOMENTS,
+    POOLED,
     TEXT,
     Members,
     decode_caption,
@@ -59,6 +60,9 @@ class Form(NamedTuple):
     text: tuple[int, ...] | None = None
     """(L, D) of the text states; None where the shards have none"""
     text_dtype: torch.dtype = torch.float16
+    pooled: tuple[int, ...] | None = None
+    """(P,) of the pooled text; None where the shards have none"""
+    pooled_dtype: torch.dtype = torch.float16
     moments_dtype: torch.dtype = torch.float32
 
     @property
@@ -77,8 +81,10 @@ class Sample(NamedTuple):
     """Original height and width, crop top and left, in pixels"""
     array: np.ndarray
     """Pixels (H, W, 3) uint8, or moments (2C, h, w) float16 or float32"""
-    text_states: np.ndarray | None
+    text_states: np.ndarray | None = None
     """(L, D)"""
+    text_pooled: np.ndarray | None = None
+    """(P,)"""
 
 
 def draw(config: DataConfig, seed: int, positions: Sequence[int], encoded: bool) -> list[Draws]:
@@ -105,19 +111,26 @@ def decode_sample(name: str, members: Members, draws: Draws, form: Form) -> Samp
         picture = decode_picture(whole, form.pixels, draws.place)
         pixels = picture.pixels[:, ::-1] if draws.flip else picture.pixels
         size = original_size(decode_json(members), picture.size)
-        return Sample(name, caption, two_pairs(size, picture.crop), pixels, None)
+        return Sample(name, caption, two_pairs(size, picture.crop), pixels)
     name_of = FLIPPED if draws.flip else MOMENTS
     moments = decode_floats(members, name_of, form.moments)
     if moments.itemsize > form.moments_dtype.itemsize:
         raise ValueError(f"member .{name_of} is {moments.dtype}, its manifest says {form.moments_dtype}")
-    states = None if form.text is None else decode_floats(members, TEXT, form.text)
-    if states is not None and states.itemsize > form.text_dtype.itemsize:
-        raise ValueError(f"member .{TEXT} is {states.dtype}, the first sample's is {form.text_dtype}")
-    return Sample(name, caption, size_and_crop(members, form.pixels), moments, states)
+    states = None if form.text is None else _text(members, TEXT, form.text, form.text_dtype)
+    pooled = None if form.pooled is None else _text(members, POOLED, form.pooled, form.pooled_dtype)
+    return Sample(name, caption, size_and_crop(members, form.pixels), moments, states, pooled)
+
+
+def _text(members: Members, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+    """Text states or pooled text, of no wider a type than `dtype`, since a batch would narrow it in silence."""
+    array = decode_floats(members, name, shape)
+    if array.itemsize > dtype.itemsize:
+        raise ValueError(f"member .{name} is {array.dtype}, the first sample's is {dtype}")
+    return array
 
 
 class Contents:
-    """What the shards give to a batch: rows of names, captions, pictures or moments, text states and sizes.
+    """What the shards give to a batch: rows of names, captions, pictures or moments, text and sizes.
 
     Args:
         rows: samples of the batch.
@@ -132,6 +145,7 @@ class Contents:
         self.pixels = None if form.encoded else torch.empty(rows, *form.pixels, 3, dtype=torch.uint8)
         self.moments = torch.empty(rows, *form.moments, dtype=form.moments_dtype) if form.encoded else None
         self.text_states = None if form.text is None else torch.empty(rows, *form.text, dtype=form.text_dtype)
+        self.text_pooled = None if form.pooled is None else torch.empty(rows, *form.pooled, dtype=form.pooled_dtype)
 
     def parts(self) -> list[range]:
         """The rows, cut where they are best decoded: what a part takes stays in the processor's cache."""
@@ -149,17 +163,20 @@ class Contents:
         array[row] = torch.from_numpy(np.array(sample.array))  # a copy: torch takes no array that cannot be written
         if self.text_states is not None:
             self.text_states[row] = torch.from_numpy(np.array(sample.text_states))
+        if self.text_pooled is not None:
+            self.text_pooled[row] = torch.from_numpy(np.array(sample.text_pooled))
 
     def decode_arrays(self, rows: range, members: Sequence[Members | None], draws: Sequence[Draws]) -> list[bool]:
-        """Takes the moments and text states of some rows at once; whether each is so taken, and not to be decoded."""
+        """Takes moments and text of some rows at once; whether each row is so taken, and not to be decoded."""
         part = slice(rows.start, rows.stop)
         if self.moments is None:
             return [False] * len(rows)
         wanted = [FLIPPED if one.flip else MOMENTS for one in draws[part]]
         taken = decode_floats_into(self.moments[part], members[part], wanted)
-        if self.text_states is not None:
-            states = decode_floats_into(self.text_states[part], members[part], [TEXT] * len(rows))
-            taken = [one and other for one, other in zip(taken, states, strict=True)]
+        for name, array in ((TEXT, self.text_states), (POOLED, self.text_pooled)):
+            if array is not None:
+                also = decode_floats_into(array[part], members[part], [name] * len(rows))
+                taken = [one and other for one, other in zip(taken, also, strict=True)]
         return taken
 
     def decode(
@@ -223,6 +240,7 @@ def collate(
         images=None if contents.pixels is None else normalize(contents.pixels),
         moments=contents.moments,
         text_states=contents.text_states,
+        text_pooled=contents.text_pooled,
         sizes=contents.sizes,
         u=torch.tensor([one.u for one in draws], dtype=torch.float64),
         posterior_noise=posterior_noise,

@@ -16,15 +16,14 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.batch import Batch
 from ldm.data.data_config import DataConfig
-from ldm.data.loader import loader_options, rank_positions
-from ldm.data.members import FLIPPED, MOMENTS, TEXT, decode_array
+from ldm.data.loader import loader_options
+from ldm.data.members import FLIPPED, MOMENTS, POOLED, TEXT, decode_array, float_form
 from ldm.data.pictures import RAW_EXTENSIONS
+from ldm.data.positions import Positions
 from ldm.data.quarantine import Quarantined
 from ldm.data.samples import Contents, Draws, Form, Sample, collate, decode_sample, draw
 from ldm.data.shards import DamagedSample
@@ -66,7 +65,6 @@ class StreamDataset(IterableDataset[Batch]):
 
     Args:
         form: what the samples are, as `first_form` finds it.
-        start_step, stop_step: the optimizer steps, the last not among them.
     """
 
     def __init__(
@@ -75,45 +73,29 @@ class StreamDataset(IterableDataset[Batch]):
         stream: StreamConfig,
         seed: int,
         form: Form,
-        *,
-        rank: int,
-        world: int,
-        micro_batch: int,
-        accumulation: int,
-        start_step: int,
-        stop_step: int,
+        positions: Positions,
     ) -> None:
         self.config = config
         self.stream = stream
         self.seed = seed
         self.form = form
-        self.rank = rank
-        self.world = world
-        self.micro_batch = micro_batch
-        self.accumulation = accumulation
-        self.start_step = start_step
-        self.stop_step = stop_step
+        self.positions = positions
 
     def __len__(self) -> int:
         """Micro-batches of all workers together."""
-        return (self.stop_step - self.start_step) * self.accumulation
+        return len(self.positions)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        own = self.positions
         reader = StreamReader(
-            self.stream, self.seed, start_step=self.start_step, rank=self.rank, worker=worker, workers=workers
+            self.stream, self.seed, start_step=own.start_step, rank=own.rank, worker=worker, workers=workers
         )
         with closing(reader):
             # The DataLoader asks its workers in turn and takes their batches in that order.
             for number in range(worker, len(self), workers):
-                yield self.batch(reader, self.positions(number))
-
-    def positions(self, number: int) -> range:
-        """Positions of a micro-batch, counted from 0 at `start_step`."""
-        step, part = divmod(number, self.accumulation)
-        parts = rank_positions(self.start_step + step, self.rank, self.world, self.micro_batch, self.accumulation)
-        return parts[part]
+                yield self.batch(reader, own.of(number))
 
     def batch(self, reader: StreamReader, positions: Sequence[int]) -> Batch:
         """The batch of these positions, out of the stream's next samples.
@@ -135,14 +117,18 @@ class StreamDataset(IterableDataset[Batch]):
 
 
 def first_form(
-    config: DataConfig, stream: StreamConfig, latent_shape: tuple[int, int, int], text_shape: Sequence[int] | None
+    config: DataConfig,
+    stream: StreamConfig,
+    latent_shape: tuple[int, int, int],
+    text_shape: Sequence[int] | None,
+    pooled_size: int | None,
 ) -> Form:
     """What the stream's samples are, out of the first one that tells: raw or encoded, and shape and type of its texts.
 
     Reads the beginning of the first tar, and of further ones while that gives nothing.
 
     Raises:
-        ValueError: they are neither, or do not fit the config, `latent_shape` or `text_shape`.
+        ValueError: they are neither, or do not fit the config, `latent_shape`, `text_shape` or `pooled_size`.
         StreamError: none of the first tars gives a sample.
     """
     names, causes = shard_names(stream.tars), []
@@ -158,7 +144,7 @@ def first_form(
                     lost.append(DamagedSample(sample.shard, sample.key, str(error)))
                     continue
                 if form is not None:
-                    _check(config, sample, form, text_shape)
+                    _check(config, sample, form, text_shape, pooled_size)
                     return form
         if found and MOMENTS not in found and not found & set(RAW_EXTENSIONS):
             raise ValueError(
@@ -177,13 +163,16 @@ def _form(config: DataConfig, sample: Streamed, latent_shape: tuple[int, int, in
     decode_array(members[MOMENTS], MOMENTS)
     if TEXT not in members:
         return Form(True, pixels, latent_shape)
-    states = decode_array(members[TEXT], TEXT)
-    if states.dtype not in (np.float16, np.float32):
-        raise ValueError(f"member .{TEXT} is {states.dtype}, expected float16 or float32")
-    return Form(True, pixels, latent_shape, states.shape, torch.from_numpy(np.empty(0, states.dtype)).dtype)
+    form = Form(True, pixels, latent_shape, *float_form(members[TEXT], TEXT))
+    if POOLED not in members:
+        return form
+    shape, dtype = float_form(members[POOLED], POOLED)
+    return form._replace(pooled=shape, pooled_dtype=dtype)
 
 
-def _check(config: DataConfig, sample: Streamed, form: Form, text_shape: Sequence[int] | None) -> None:
+def _check(
+    config: DataConfig, sample: Streamed, form: Form, text_shape: Sequence[int] | None, pooled_size: int | None
+) -> None:
     """Raises ValueError where the encoded samples do not fit what trains on them."""
     where = f"data.stream: the first sample, {sample.name}, has members {', '.join(sorted(sample.members))}"
     if not form.encoded:
@@ -197,6 +186,10 @@ def _check(config: DataConfig, sample: Streamed, form: Form, text_shape: Sequenc
         raise ValueError(
             f"{where}; its .{TEXT} has shape {form.text}, expected {tuple(text_shape or ())}: another text encoder"
         )
+    if form.text is not None and pooled_size is not None and form.pooled != ((pooled_size,) if pooled_size else None):
+        found = "no" if form.pooled is None else f"shape {form.pooled} of"
+        expected = f"({pooled_size},)" if pooled_size else "none"
+        raise ValueError(f"{where}; found {found} .{POOLED}, expected {expected}: another second text encoder")
     if config.flip > 0 and FLIPPED not in sample.members:
         raise ValueError(f"data.flip is {config.flip}, but {where} and no .{FLIPPED}: set data.flip to 0")
     if config.crop == "random":
@@ -207,16 +200,12 @@ def make_stream_loader(
     config: DataConfig,
     stream: StreamConfig,
     seed: int,
+    positions: Positions,
     *,
     latent_shape: tuple[int, int, int],
-    rank: int,
-    world: int,
-    micro_batch: int,
-    accumulation: int,
-    start_step: int,
-    stop_step: int,
     context: str | None = None,
     text_shape: tuple[int, int] | None = None,
+    pooled_size: int | None = None,
 ) -> DataLoader[Batch]:
     """Micro-batches of one process as `make_loader` gives them, but for the samples: those come from the stream.
 
@@ -224,29 +213,19 @@ def make_stream_loader(
         latent_shape: (C, h, w).
         context: how workers start, "fork", "spawn" or "forkserver"; None is the platform's way.
         text_shape: (L, D) of the states that the text encoder gives; None where nothing is known of it.
+        pooled_size: P of the pooled text that a second text encoder gives, 0 without one; None where nothing is known.
 
     Raises:
         ValueError: the stream's samples do not fit the config.
         StreamError: none of the first tars gives a sample; while iterating, nothing comes any more.
     """
-    form = first_form(config, stream, latent_shape, text_shape)
-    if form.encoded and rank == 0:
+    form = first_form(config, stream, latent_shape, text_shape, pooled_size)
+    if form.encoded and positions.rank == 0:
         warnings.warn(
             "data.stream: the samples are encoded, and nothing tells what encoded them: nobody can tell whether they "
             "fit this run",
             stacklevel=2,
         )
-    dataset = StreamDataset(
-        config,
-        stream,
-        seed,
-        form,
-        rank=rank,
-        world=world,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        start_step=start_step,
-        stop_step=stop_step,
-    )
+    dataset = StreamDataset(config, stream, seed, form, positions)
     # Without a batch size: the dataset gives whole batches.
     return DataLoader(dataset, batch_size=None, **loader_options(config, context))

@@ -27,8 +27,6 @@ from ldm.models.pretrained import (
     Weights,
     build_from_weights,
     config_from_dict,
-    read_config,
-    resolve_source,
     save_component,
 )
 
@@ -273,16 +271,16 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
-        """Opens a diffusers AutoencoderKL (see `resolve_source`), also one with the attention names of 2022."""
+        """Opens an autoencoder from a folder of diffusers (its names of 2022 too) or a file; raises as `open`."""
         config, weights = cls.open(source)
         return build_from_weights(lambda: cls(config), weights, dtype)
 
     @staticmethod
     def open(source: str | Path) -> tuple[AutoencoderConfig, Weights]:
-        """Config and weights of an autoencoder, the latter not read yet; raises what `Weights` raises."""
-        folder = resolve_source(source)
-        config = AutoencoderConfig.from_dict(read_config(folder, class_name=CLASS_NAME))
-        return config, Weights(folder, f"autoencoder {source}", current_name)
+        """Config and weights of an autoencoder, the latter not read yet; raises what `open_component` raises."""
+        from ldm.models.components import VAE, open_component  # which knows this class
+
+        return open_component(VAE, source)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that diffusers' AutoencoderKL opens; weights as `dtype`, or as they are."""

@@ -8,57 +8,65 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.models.durable import write_tensors, write_text
+from ldm.models.weight_files import PICKLES, WEIGHTS_NAME, Weights, listing
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "model_index.json"
 
-# Looked for in this order; the second pair is what transformers writes.
-_WEIGHT_FILES = (
-    WEIGHTS_NAME,
-    f"{WEIGHTS_NAME}.index.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(/.+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+# A second copy of the weights in another precision, or for another use; taken only where there is no other.
+_HUB_VARIANTS = ("*.fp16*", "*.bf16*", "*.ema*", "*.non_ema*")
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C")
 
 
-def resolve_source(source: str | Path) -> Path:
+def resolve_source(source: str | Path, component: str | None = None) -> Path:
     """Returns the local path of a model's source.
 
     Args:
         source: a local folder or file; `package:NAME/sub/folder`, a folder inside an installed Python package, which is
             found without importing it; or a hub name, `owner/model` or `owner/model/sub/folder`, downloaded to the
             cache of huggingface_hub (no pickles among the files taken).
+        component: a folder of a pipeline, unet or vae say: of a pipeline's folder the component's is returned, and from
+            the hub only its files are taken (a text encoder's with those of its tokenizer).
 
     Raises:
-        FileNotFoundError: nothing is there, the package is not installed, or the hub cannot be reached.
+        FileNotFoundError: nothing is there, the package is not installed, the hub cannot be reached, or the pipeline
+            lacks the component.
     """
     text = str(source)
     if text.startswith("package:"):
-        return _in_package(text)
+        return _component_of(_in_package(text), component, text)
     local = Path(text).expanduser()
     if local.exists():
-        return local
-    if text.startswith(("/", ".", "~")) or local.suffix in {".safetensors", *_PICKLES} or not _HUB_NAME.fullmatch(text):
+        return _component_of(local, component, text)
+    if text.startswith(("/", ".", "~")) or local.suffix in {".safetensors", *PICKLES} or not _HUB_NAME.fullmatch(text):
         raise FileNotFoundError(
             f"model source {text!r}: there is no such file or folder (looked at {local.absolute()})"
         )
-    return _from_hub(text, local)
+    return _component_of(_from_hub(text, local, component), component, text)
+
+
+def _component_of(path: Path, component: str | None, text: str) -> Path:
+    if component is None or not path.is_dir():
+        return path
+    if (path / component).is_dir():
+        return path / component
+    if (path / INDEX_NAME).is_file():
+        folders = listing(p.name for p in path.iterdir() if p.is_dir())
+        raise FileNotFoundError(f"model source {text!r}: the pipeline in {path} has no {component}/; it has {folders}")
+    return path
 
 
 def _in_package(text: str) -> Path:
@@ -74,68 +82,58 @@ def _in_package(text: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"model source {text!r}: the package is installed in {root}, but has no {inside!r}; "
-            f"it has {_listing(p.name for p in root.iterdir())}"
+            f"it has {listing(p.name for p in root.iterdir())}"
         )
     return path
 
 
-def _from_hub(text: str, local: Path) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and needed for hub names only
-
+def _from_hub(text: str, local: Path, component: str | None) -> Path:
     parts = text.split("/")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    patterns = [f"{inside}/{pattern}" for pattern in _HUB_FILES] if inside else list(_HUB_FILES)
+    within = f"{inside}/" if inside else ""
     try:
-        path = Path(snapshot_download(repository, allow_patterns=patterns)) / inside
+        if component is None:
+            folder = _download(repository, [within + pattern for pattern in _HUB_FILES])
+        else:
+            folder = _download_component(repository, within, component)
     except Exception as error:  # the client's errors have no common base; each means that there are no files
         raise FileNotFoundError(
             f"model source {text!r}: no such local path ({local.absolute()}), and the hub gave no such model: "
             f"{type(error).__name__}: {error}. Offline, give a local folder that holds the model"
         ) from error
+    path = folder / inside
     if not path.exists():
         raise FileNotFoundError(f"model source {text!r}: the hub's {repository!r} has no folder {inside!r}")
     return path
 
 
-class Weights:
-    """Named tensors in safetensors files, found but not read yet.
+def _download_component(repository: str, within: str, component: str) -> Path:
+    """Downloads one component: of a pipeline from its own folder, otherwise from the folder that is named."""
+    folders = [component]
+    if component.startswith("text_encoder"):
+        folders.append(component.replace("text_encoder", "tokenizer"))
+    # model_index.json tells a pipeline that lacks the component from a model by itself.
+    own = [f"{within}{INDEX_NAME}", *(f"{within}{folder}/{pattern}" for folder in folders for pattern in _HUB_FILES)]
+    root = _download_once(repository, within + component, own, [])
+    if (root / within / component).is_dir() or (root / within / INDEX_NAME).is_file():
+        return root
+    # The client's * takes slashes too: without what is ignored, all folders below would come.
+    return _download_once(repository, within, [within + pattern for pattern in _HUB_FILES], [f"{within}*/*"])
 
-    Attributes:
-        shapes: shape of each tensor, by the name that the module has for it.
-        what: the model and where it lies, for error messages.
-    """
 
-    def __init__(self, path: Path, what: str, rename: Callable[[str], str] | None = None) -> None:
-        """Looks into a .safetensors file, a .safetensors.index.json of a sharded model, or a folder that holds one.
+def _download_once(repository: str, inside: str, patterns: list[str], ignored: list[str]) -> Path:
+    """Downloads without variants of the weights; with them where there is nothing else."""
+    root = _download(repository, patterns, [*ignored, *_HUB_VARIANTS])
+    folder = root / inside
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        root = _download(repository, patterns, ignored)
+    return root
 
-        Args:
-            rename: maps a name in the file to the module's name; identity when None.
 
-        Raises:
-            FileNotFoundError: no weights at the path.
-            ValueError: the file is a pickle or damaged, or a tensor is stored twice.
-        """
-        self.what = what
-        self.path = path
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._sources: dict[str, tuple[Path, str]] = {}  # module's name -> file, name in the file
-        for file in _weight_files(Path(path), what):
-            with _open(file, what) as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    name = rename(stored) if rename else stored
-                    if name in self._sources:
-                        first = self._sources[name][0]
-                        raise ValueError(f"{what}: {name!r} is stored twice, in {first} and in {file}")
-                    self._sources[name] = (file, stored)
-                    self.shapes[name] = tuple(tensors.get_slice(stored).get_shape())
+def _download(repository: str, patterns: list[str], ignored: list[str] | None = None) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and needed for hub names only
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with the module's name for it, as stored; one at a time, file by file."""
-        for file in dict.fromkeys(file for file, _ in self._sources.values()):
-            with _open(file, self.what) as tensors:
-                for name, (holder, stored) in self._sources.items():
-                    if holder == file:
-                        yield name, tensors.get_tensor(stored)
+    return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def load_weights(module: nn.Module, weights: Weights) -> None:
@@ -148,7 +146,20 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
         ValueError: names or shapes differ (each is listed).
     """
     wanted = module.state_dict()
-    shapes = weights.shapes
+    problems = misfits(wanted, weights.shapes)
+    if problems:
+        reason = f"; {weights.note}" if weights.note else ""
+        raise ValueError(
+            f"{weights.what}: the weights in {weights.path} do not fit the model that its config describes "
+            f"({len(problems)} differences, {len(wanted)} tensors in the model){reason}:\n  " + "\n  ".join(problems)
+        )
+    with torch.no_grad():
+        for name, tensor in weights.tensors():
+            wanted[name].copy_(tensor)
+
+
+def misfits(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A line for each tensor of a model that is missing, unexpected or of another shape in a file."""
     problems = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in shapes]
     problems += [f"unexpected: {name} {shapes[name]}" for name in shapes if name not in wanted]
     problems += [
@@ -156,66 +167,7 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
         for name, tensor in wanted.items()
         if name in shapes and shapes[name] != tuple(tensor.shape)
     ]
-    if problems:
-        listing = "\n  ".join(problems)
-        raise ValueError(
-            f"{weights.what}: the weights in {weights.path} do not fit the model that its config describes "
-            f"({len(problems)} differences, {len(wanted)} tensors in the model):\n  {listing}"
-        )
-    with torch.no_grad():
-        for name, tensor in weights.tensors():
-            wanted[name].copy_(tensor)
-
-
-def _open(file: Path, what: str) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{what}: {file} is damaged or no safetensors file ({error}); fetch or copy it again"
-        ) from error
-
-
-def _weight_files(path: Path, what: str) -> list[Path]:
-    if path.is_dir():
-        found = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
-        others = sorted(path.glob("*.safetensors"))
-        if not found and len(others) == 1:
-            found = others
-        if not found:
-            names = [p.name for p in sorted(path.iterdir()) if p.is_file()]
-            hint = " (pickles are not read)" if any(Path(n).suffix in _PICKLES for n in names) else ""
-            raise FileNotFoundError(
-                f"{what}: no safetensors weights in {path}; expected {' or '.join(_WEIGHT_FILES)}, "
-                f"found {_listing(names)}{hint}"
-            )
-        path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{what}: no weights at {path}")
-    if path.name.endswith(".index.json"):
-        return _shard_files(path, what)
-    if path.suffix != ".safetensors":
-        reason = "a pickle, which can run code when it is read" if path.suffix in _PICKLES else "no safetensors file"
-        raise ValueError(f"{what}: {path} is {reason}; only .safetensors is read: convert it first")
-    return [path]
-
-
-def _shard_files(index: Path, what: str) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{what}: {index} is no index of sharded safetensors ({type(error).__name__}: {error})"
-        ) from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{what}: {index} names the shard {name!r}, expected a .safetensors file beside the index")
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{what}: {index} names {_listing(absent)}, of which there is no file in {index.parent}"
-        )
-    return [index.parent / name for name in names]
+    return problems
 
 
 def build_from_weights(build: Callable[[], M], weights: Weights, dtype: torch.dtype) -> M:
@@ -259,25 +211,29 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to("cpu", dtype if tensor.is_floating_point() else None)
 
 
-def read_config(folder: Path, *, class_name: str) -> dict[str, Any]:
-    """Reads the config.json of a component folder.
+def read_config(path: Path, *, class_name: str) -> dict[str, Any]:
+    """Reads the config.json of a component: the file, or the folder that holds it.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not JSON, or describes another class than
-            `class_name`.
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or describes another class than `class_name`.
     """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{class_name}: there is no {CONFIG_NAME} in {folder}")
+    path = Path(path)
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise FileNotFoundError(
+                f"{class_name}: there is no {CONFIG_NAME} in {path}; take it from where the weights come from"
+            )
+        path = path / CONFIG_NAME
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{class_name}: {path} is not JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{class_name}: {path} is not JSON ({error}); fetch or copy it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{class_name}: {path} holds a {type(values).__name__}, expected an object")
     found = values.get("_class_name", class_name)
     if found != class_name:
-        raise ValueError(f"{path}: _class_name is {found!r}, expected {class_name!r}: this folder holds another model")
+        raise ValueError(f"{path}: _class_name is {found!r}, expected {class_name!r}: this is another model")
     return values
 
 
@@ -304,12 +260,6 @@ def config_from_dict(config_class: type[C], values: Mapping[str, Any], fixed: Ma
     if problems:
         raise ValueError(f"{config_class.__name__}: not supported:\n  " + "\n  ".join(problems))
     return config_class(**{name: value for name, value in settings.items() if name in names})
-
-
-def _listing(names: Iterable[str], limit: int = 12) -> str:
-    names = sorted(names)
-    shown = ", ".join(names[:limit]) or "nothing"
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def weights_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:

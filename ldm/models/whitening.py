@@ -1,11 +1,11 @@
-"""Whitens an autoencoder's latents and folds that into its 1x1 convolutions, so that every tool loads it as it is.
+"""Folds scales and shifts of latents into an autoencoder's 1x1 convolutions, so that every tool loads it as it is.
 
-In: an AutoencoderKL and pictures of what it was trained on.
-Out: the same autoencoder, in place, whose latents have mean 0 and standard deviation 1 in each channel.
+In: an AutoencoderKL, and for whitening pictures of what it was trained on. Out: the same autoencoder, in place, whose
+latents have mean 0 and standard deviation 1 in each channel; or one that needs no shift_factor.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,3 +58,33 @@ def fold_whitening(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> 
     before.bias[channels:] -= 2 * std.log()
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def without_shift(autoencoder: AutoencoderKL) -> AutoencoderKL:
+    """The autoencoder with its shift_factor inside its 1x1 convolutions, for tools that do not apply the config's.
+
+    `quant_conv` subtracts the shift from each mean, `post_quant_conv` adds it again before decoding; where there is
+    none it becomes an identity with that bias. Latents and pictures stay the same up to rounding: identities copy their
+    input exactly, and the shift is added in the order in which it was. All other weights are shared, not copied.
+    Returns the autoencoder itself where it has no shift.
+    """
+    shift, channels = autoencoder.config.shift_factor, autoencoder.config.latent_channels
+    if not shift:
+        return autoencoder
+    config = replace(autoencoder.config, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True)
+    state = autoencoder.state_dict()
+    like = autoencoder.encoder.conv_in.weight
+    for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if f"{name}.weight" not in state:
+            state[f"{name}.weight"] = torch.eye(size).to(like)[:, :, None, None]
+            state[f"{name}.bias"] = torch.zeros(size).to(like)
+    # In float64, so that each sum is rounded once, to the dtype of the weights.
+    mean, logvar = state["quant_conv.bias"].double().chunk(2)
+    state["quant_conv.bias"] = torch.cat([mean - shift, logvar]).to(like)
+    gain = state["post_quant_conv.weight"].double().sum(dim=(1, 2, 3))
+    state["post_quant_conv.bias"] = (state["post_quant_conv.bias"].double() + shift * gain).to(like)
+    with torch.device("meta"):
+        folded = AutoencoderKL(config)
+    folded.load_state_dict(state, assign=True)
+    return folded.requires_grad_(False).eval()

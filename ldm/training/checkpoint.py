@@ -28,6 +28,8 @@ STATE = "training_state"
 RECORD = f"{STATE}/state.json"
 AVERAGED = "unet/diffusion_pytorch_model.safetensors"
 PARTIAL = ".partial"
+FOR_PEOPLE = "README.md"
+"""The model card: people go on writing in it, and nothing is read from it; it is in no hash list."""
 
 
 class CheckpointError(RuntimeError):
@@ -130,6 +132,7 @@ def publish(root: Path, partial: Path, final: Path, written: Mapping[str, str], 
     hashes = {
         name: {"bytes": path.stat().st_size, "xxh3": written.get(name) or file_hash(path)}
         for name, path in files.items()
+        if name != FOR_PEOPLE
     }
     write_text(json.dumps(hashes, indent=1) + "\n", partial / HASHES)
     flush([*(p for p in partial.rglob("*") if p.is_dir()), partial])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers import OF_NOISE_ALONE
 from ldm.grid import labelled_grid
 from ldm.pipeline import Pipeline, generate
 from ldm.training.ema import EMA
@@ -32,8 +32,8 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"previews.every: found {self.every}, expected 0 (off) or more")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"previews.sampler: found {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if self.sampler not in OF_NOISE_ALONE:
+            raise ValueError(f"previews.sampler: found {self.sampler!r}, expected one of {', '.join(OF_NOISE_ALONE)}")
         if self.steps < 1:
             raise ValueError(f"previews.steps: found {self.steps}, expected 1 or more")
 

@@ -17,6 +17,7 @@ from ldm.data.data_config import DataConfig
 from ldm.data.dataset import damage_of_indexing
 from ldm.data.loader import make_loader, make_validation_loader
 from ldm.data.manifest import Manifest
+from ldm.data.positions import Positions
 from ldm.data.quarantine import Quarantined
 from ldm.data.streaming import make_stream_loader, stream_lines
 from ldm.training.distributed import BatchSplit
@@ -33,6 +34,8 @@ class Share:
     """(C, h, w) of a square picture"""
     text_shape: tuple[int, int]
     """(L, D) of the text encoder's states"""
+    pooled_size: int
+    """Features P of pooled text; zero where there is none"""
 
 
 @dataclass
@@ -71,6 +74,18 @@ class RunData:
             lines.append("no validation loss: data.validation is not set, or validation.every is 0")
         return lines
 
+    def card_lines(self) -> list[str]:
+        """What the model card says of the training data: counts, kinds and weights, without places of this machine."""
+        if self.config.stream:
+            return ["a stream of shards, in no order that could be repeated"]
+        lines = []
+        for source, manifest in zip(self.config.sources, self.manifests, strict=True):
+            kind = "raw" if manifest.encoder is None else "encoded"
+            weight = "" if source.weight is None else f", weight {source.weight:g}"
+            name = source.shards.rstrip("/").rsplit("/", 1)[-1]
+            lines.append(f"{sum(manifest.counts):,} {kind} samples in {len(manifest.counts):,} shards ({name}{weight})")
+        return lines
+
     def all_manifests(self) -> list[Manifest]:
         """Those of the sources and of the held-out shards."""
         return self.manifests + ([] if self.held_out is None else [self.held_out])
@@ -91,25 +106,26 @@ class RunData:
 
     def training_batches(self, share: Share, start_step: int, stop_step: int) -> Iterator[Batch]:
         """One process's micro-batches from step `start_step` up to but without `stop_step`, in order."""
-        process: dict[str, Any] = {
-            "rank": share.rank,
-            "world": share.split.processes,
-            "micro_batch": share.split.micro_batch,
-            "accumulation": share.split.accumulation,
-            "start_step": start_step,
-            "stop_step": stop_step,
-        }
+        positions = Positions(
+            rank=share.rank,
+            world=share.split.processes,
+            micro_batch=share.split.micro_batch,
+            accumulation=share.split.accumulation,
+            start_step=start_step,
+            stop_step=max(start_step, stop_step),  # a run may have done more steps than are asked for now
+        )
         if self.config.stream:
             loader = make_stream_loader(
                 self.config,
                 self.config.stream,
                 share.seed,
+                positions,
                 latent_shape=share.latent_shape,
                 text_shape=share.text_shape,
-                **process,
+                pooled_size=share.pooled_size,
             )
         else:
-            loader = make_loader(self.config, self.manifests, share.seed, latent_shape=share.latent_shape, **process)
+            loader = make_loader(self.config, self.manifests, share.seed, positions, latent_shape=share.latent_shape)
         return iter(loader)
 
     def validation_batches(self, share: Share, samples: int) -> Iterable[Batch] | None:

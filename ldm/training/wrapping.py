@@ -82,7 +82,10 @@ def settle_buckets(
     if not isinstance(network, DistributedDataParallel):
         return
     x = torch.zeros(micro_batch, config.in_channels, side, side, device=accelerator.device)
-    text = torch.zeros(micro_batch, text_length, config.cross_attention_dim, device=accelerator.device)
+    conditioning = Conditioning(torch.zeros(micro_batch, text_length, config.cross_attention_dim))
+    if config.pooled_channels:
+        conditioning.pooled = torch.zeros(micro_batch, config.pooled_channels)
+        conditioning.sizes = torch.zeros(micro_batch, 6)
     t = torch.zeros(micro_batch, dtype=torch.int64, device=accelerator.device)
-    accelerator.backward(network(x, t, Conditioning(text)).square().mean())
+    accelerator.backward(network(x, t, conditioning.to(accelerator.device)).square().mean())
     network.zero_grad(set_to_none=True)

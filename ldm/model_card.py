@@ -1,0 +1,129 @@
+"""The model card: README.md of a checkpoint's folder, which hubs show to those who find the model.
+
+Enters: the section `card` of the config, the resolved config, and how far the run is. Leaves: Markdown with YAML front
+matter; the same bytes for the same run, without dates and without paths of this machine.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+TITLE = "Text-to-image latent diffusion model"
+
+_PATH = re.compile(r"(?:file://|(?<![\w.:/\\~]))(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s\"',;]+")
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_QUERY = re.compile(r"(\w://[^\s?]*)\?\S*")
+
+
+@dataclass
+class CardConfig:
+    """What the README.md beside a checkpoint says besides what the run knows."""
+
+    title: str | None = None
+    """Heading of the card."""
+    license: str | None = None
+    """License of the weights, by the name that the front matter of a model card takes: `apache-2.0`, `cc-by-4.0`,
+    `other`. Unset: the card says that none is stated."""
+    data: str | None = None
+    """What the pictures are and where they come from, with the attribution that their license asks for."""
+
+    def __post_init__(self) -> None:
+        for name in ("title", "license"):
+            value = getattr(self, name)
+            if value is not None and (not value.strip() or len(value.splitlines()) != 1):
+                raise ValueError(f"card.{name}: found {value!r}, expected one line of text, or unset")
+
+
+def model_card(
+    card: CardConfig,
+    *,
+    config_yaml: str,
+    steps: int,
+    samples_seen: int,
+    data_lines: Sequence[str],
+    initialized_from: str | None,
+) -> str:
+    """Text of README.md.
+
+    Args:
+        config_yaml: the run's resolved config.
+        steps: optimizer steps done.
+        samples_seen: samples that these steps were computed from, repeated ones counted again.
+        data_lines: what the run knows of its data, a line each.
+        initialized_from: source of the weights that the run began with; None for random ones.
+    """
+    front: dict[str, Any] = {"license": card.license} if card.license else {}
+    front |= {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "latent-diffusion", "stable-diffusion"],
+    }
+    data = ([card.data.strip(), ""] if card.data else []) + [f"- {without_paths(line)}" for line in data_lines]
+    began = f"the weights of `{without_paths(initialized_from)}`" if initialized_from else "random weights"
+    license_text = f"`{card.license}`" if card.license else "Not stated."
+    config = _dump(_shown(yaml.safe_load(config_yaml)))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))
+    return f"""---
+{_dump(front)}---
+
+# {card.title or TITLE}
+
+This folder is a pipeline in the layout of diffusers, which draws pictures of prompts; `unet/` holds averaged weights.
+
+## Use
+
+With diffusers:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline("a red heart", num_inference_steps=25, guidance_scale=5.0).images[0].save("heart.png")
+```
+
+With the program that trained it:
+
+```
+python ldm/sample.py --checkpoint path/to/this/folder --prompt "a red heart" --out heart.png
+```
+
+## Training
+
+- Optimizer steps: {steps:,}
+- Samples seen: {samples_seen:,}
+- Began with: {began}
+
+## Data
+
+{chr(10).join(data) if data else "Not stated."}
+
+## License
+
+{license_text}
+
+## Config
+
+{fence}yaml
+{config}{fence}
+"""
+
+
+def without_paths(text: str) -> str:
+    """The text with each absolute path cut to its last component, and URLs without user names, keys and queries."""
+    text = _QUERY.sub(r"\1", _USER.sub("", text))
+    return _PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return without_paths(value) if isinstance(value, str) else value
+
+
+def _dump(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=120, allow_unicode=True)
