@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ldm.diffusion.schedule import ScheduleConfig
 from ldm.model_card import without_paths
-from ldm.models.pretrained import load_weights, weights_hash
+from ldm.models.pretrained import load_weights, resolve_source, weights_hash
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.weight_files import Weights
+from ldm.pipeline_folder import read_scheduler
 from ldm.training.fit import loading
 
 MAY_DIFFER = ("in_channels", "out_channels", "cross_attention_dim", "sample_size", "upcast_attention")
@@ -94,6 +96,27 @@ def check_same_network(found: UNetConfig, expected: UNetConfig) -> None:
             + "\n  ".join(problems)
             + "\nSet them as the source has them, or choose another source."
         )
+
+
+def objective_changes(source: str, parameterization: str, noise: ScheduleConfig) -> list[str]:
+    """In what the run's objective and noise differ from those that the source was trained with, a sentence each.
+
+    Allowed, and to be said: at its first steps the network puts out what it was trained to put out. Only a pipeline's
+    folder (or the unet/ in one) tells, and only with a scheduler of this kind.
+    """
+    try:
+        folder = resolve_source(source, "scheduler")
+        schedule, predicted = read_scheduler(folder.parent if folder.name in ("scheduler", "unet") else folder)
+    except (OSError, ValueError):
+        return []
+    changes = []
+    if predicted != parameterization:
+        changes.append(f"objective: the source predicts {predicted}, this run trains it to predict {parameterization}")
+    for one in dataclasses.fields(ScheduleConfig):
+        a, b = getattr(schedule.config, one.name), getattr(noise, one.name)
+        if a != b:
+            changes.append(f"noise.{one.name}: {a} became {b}")
+    return changes
 
 
 def _ends(found: UNetConfig, own: dict[str, Tensor], expected: UNetConfig) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from ldm.config import differences, load_config, to_dict, to_yaml
 from ldm.pipeline import save_pipeline
 from ldm.pipeline_folder import FROZEN
 from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, point_latest
-from ldm.training.initial_weights import load_initial
+from ldm.training.initial_weights import load_initial, objective_changes
 from ldm.training.metrics import forget_after
 from ldm.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from ldm.training.run import Run
@@ -59,7 +59,11 @@ def begin(run: Run, say: Callable[[str], None]) -> None:
     source = run.config.init_from
     if source is None:
         return
-    run.initialized_from = load_initial(run.pipeline.unet, source, say)
+    record = load_initial(run.pipeline.unet, source, say)
+    changes = objective_changes(source, run.config.objective.parameterization, run.config.noise)
+    for change in changes:
+        say(f"  {change}")
+    run.initialized_from = "; ".join([record, *changes])
     run.ema.load_state_dict(run.pipeline.unet.state_dict(), 0)
     # The engine made the processes' weights equal before these were read.
     records = gather_object([run.initialized_from])
