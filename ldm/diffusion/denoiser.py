@@ -63,7 +63,8 @@ def denoiser(
     The network sees x / sqrt(1 + sigma^2), or x times its schedule's alpha or EDM's c_in, in the dtype of its
     parameters, and the time of sigma, float32 at least (bf16 would round 999 to 1000) and fractional between training
     timesteps; the result has x's dtype and device. sigma is best given on the CPU, as samplers do: its check and its
-    timestep then never wait for an accelerator. At TERMINAL_SIGMA, the terminal timestep of a zero-SNR schedule, the
+    timestep then never wait for an accelerator. All of a batch at one level costs least: what is computed of a level is
+    remembered, with the same results bit for bit. At TERMINAL_SIGMA, the terminal timestep of a zero-SNR schedule, the
     network sees the start noise alone. Of a network with 2C channels the first half is used (`predictor` has both).
 
     Args:
@@ -124,8 +125,8 @@ def predictor(
 
 
 _KNOWN: WeakKeyDictionary[ForwardProcess, tuple[ForwardProcess, Callable[..., Coefficients]]] = WeakKeyDictionary()
-"""What _on_cpu returned, while the schedule lives. Runs visit the same levels again and again, each time with a new
-denoiser, and the coefficients of a level cost as much as several steps of a sampler."""
+"""What _on_cpu returned, while the schedule lives, which nobody changes in place. Runs visit the same levels again and
+again, each time with a new denoiser, and the coefficients of a level cost as much as several steps of a sampler."""
 
 
 def _on_cpu(schedule: ForwardProcess) -> tuple[ForwardProcess, Callable[..., Coefficients]]:
@@ -134,9 +135,9 @@ def _on_cpu(schedule: ForwardProcess) -> tuple[ForwardProcess, Callable[..., Coe
         copied = schedule.to("cpu")  # Never the schedule itself, which would then live as long as what is known of it.
 
         @lru_cache(maxsize=1024)
-        def known(level: float, *settings: object) -> Coefficients:
-            found = _coefficients(copied, torch.tensor([level], dtype=torch.float64), *settings)
-            return Coefficients(*(float(c) for c in found))
+        def known(level: float, dtype: torch.dtype, parameterization: str, sigma_data: float) -> Coefficients:
+            one = torch.tensor([level], dtype=torch.float64)
+            return Coefficients(*map(float, _coefficients(copied, one, dtype, parameterization, sigma_data)))
 
         _KNOWN[schedule] = copied, known
     return _KNOWN[schedule]
