@@ -45,9 +45,9 @@ class Case(NamedTuple):
     @property
     def run(self) -> SimpleNamespace:
         """Of a run, what a batch's loss is computed with."""
-        return SimpleNamespace(
-            config=SimpleNamespace(objective=ObjectiveConfig(parameterization="x0", loss="x0")), pipeline=self.pipeline
-        )
+        objective = ObjectiveConfig(parameterization="x0", loss="x0")
+        config = SimpleNamespace(objective=objective, training=SimpleNamespace(global_batch=COUNT))
+        return SimpleNamespace(config=config, pipeline=self.pipeline)
 
 
 @pytest.fixture(scope="module", params=[4, 16], ids=["4 channels", "16 channels"])
