@@ -25,7 +25,7 @@ from ldm.models.autoencoder import AutoencoderKL, unscale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.pretrained import build_from_weights, save_component
 from ldm.models.text_conditioner import TextConditioner
-from ldm.models.unet import UNet
+from ldm.models.unet import UNet, UNetConfig
 from ldm.models.whitening import without_shift
 from ldm.pipeline_fit import check_draws_from_text, fit_problems, inpaints
 from ldm.pipeline_folder import (
@@ -39,6 +39,8 @@ from ldm.pipeline_folder import (
 )
 
 logger = logging.getLogger(__name__)
+
+ConfigCheck = Callable[[UNetConfig, AutoencoderKL], object]
 
 
 @dataclass
@@ -65,31 +67,27 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one picture's latents; raises ValueError when the network's config does not tell its size."""
-        size = self.unet.config.sample_size
-        if size is None:
+        return latent_shape_of(self.unet.config, self.autoencoder)
+
+
+def latent_shape_of(
+    unet: UNetConfig, autoencoder: AutoencoderKL, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """(C, h, w) of a picture of that many pixels; None: of the size that the network was trained on.
+
+    Raises:
+        ValueError: no multiple of the autoencoder's factor, or None where the network's config tells no size.
+    """
+    factor, trained = autoencoder.downsample_factor, unet.sample_size
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < 1 or side % factor):
+            raise ValueError(f"{name}: found {side} pixels, expected a multiple of the autoencoder's factor {factor}")
+        if side is None and trained is None:
             raise ValueError("unet sample_size: not set, expected the height and width of the latents to sample")
-        return self.autoencoder.config.latent_channels, size, size
-
-    def latent_shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of that many pixels; None: of the size that the network was trained on.
-
-        Raises:
-            ValueError: no multiple of the autoencoder's factor, or None where the network's config tells no size.
-        """
-        factor = self.autoencoder.downsample_factor
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and (side < 1 or side % factor):
-                raise ValueError(
-                    f"{name}: found {side} pixels, expected a multiple of the autoencoder's factor {factor}"
-                )
-        if height is not None and width is not None:
-            return self.autoencoder.config.latent_channels, height // factor, width // factor
-        channels, trained, _ = self.latent_shape
-        return (
-            channels,
-            trained if height is None else height // factor,
-            trained if width is None else width // factor,
-        )
+    h, w = (trained if side is None else side // factor for side in (height, width))
+    assert h is not None
+    assert w is not None
+    return autoencoder.config.latent_channels, h, w
 
 
 def load_pipeline(
@@ -98,6 +96,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     *,
     channels_last: bool = False,
+    check: ConfigCheck | None = None,
 ) -> Pipeline:
     """Loads a pipeline folder: one that this program wrote, or one of diffusers' for Stable Diffusion 1.x, 2.x or XL.
 
@@ -106,6 +105,7 @@ def load_pipeline(
     Args:
         dtype: precision of the network's computation; weights are float32 and autocast where it is lower.
         channels_last: keep the network's activations as (B, H, W, C) in memory.
+        check: called before the weights of network and text encoders are read; what it raises ends the loading.
 
     Raises:
         FileNotFoundError: names every file that the folder lacks.
@@ -116,6 +116,8 @@ def load_pipeline(
     schedule, parameterization = read_scheduler(folder)
     unet_config, weights = UNet.open(folder / "unet")
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    if check is not None:
+        check(unet_config, autoencoder)
     text_encoder = TextConditioner.from_pipeline(folder, device)
     # Before the network's weights are read: they are most of a pipeline.
     if problems := fit_problems(unet_config, autoencoder.config, text_encoder):
@@ -173,7 +175,12 @@ def save_pipeline(
 
 
 def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], negative: str = "") -> tuple[Conditioning, Conditioning]:
-    """Conditioning of B prompts, and B times that of what guidance leads away from: by default the empty caption."""
+    """Conditioning of B prompts, and B times that of what guidance leads away from: by default the empty caption.
+
+    An empty `negative` is what dropped captions were in training: the encoders' states of "", or zeros where the
+    conditioner has these for empty captions (SDXL), as diffusers' pipelines give for negative_prompt=None. Their
+    negative_prompt="" is the encoders' states there, which SDXL was not trained with.
+    """
     conditioning = pipeline.text_encoder.encode(prompts).to(dtype=torch.float32)
     without = pipeline.text_encoder.encode([negative]) if negative else pipeline.text_encoder.empty()  # one row
     return conditioning, without.to(dtype=torch.float32).expand(len(prompts))
@@ -307,8 +314,7 @@ def generate(
         raise ValueError(f"generate: found {len(prompts)} prompts and {len(indices)} indices, expected one for each")
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
-    check_draws_from_text(pipeline.unet.config, pipeline.autoencoder.config)
-    shape = _checked_shape(pipeline, len(prompts), height, width, noise)
+    shape = checked_shape(pipeline.unet.config, pipeline.autoencoder, len(prompts), height, width, noise)
     starts = range(0, len(prompts), batch_size)
     pictures = []
     for batch, first in enumerate(starts):
@@ -338,14 +344,21 @@ def generate(
     return np.concatenate(pictures)
 
 
-def _checked_shape(
-    pipeline: Pipeline, count: int, height: int | None, width: int | None, noise: Tensor | None
+def checked_shape(
+    unet: UNetConfig,
+    autoencoder: AutoencoderKL,
+    count: int,
+    height: int | None,
+    width: int | None,
+    noise: Tensor | None,
 ) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that `generate` samples for `count` pictures; raises ValueError where it would."""
+    check_draws_from_text(unet, autoencoder.config)
     if noise is None:
-        return pipeline.latent_shape_of(height, width)
-    factor = pipeline.autoencoder.downsample_factor
+        return latent_shape_of(unet, autoencoder, height, width)
+    factor = autoencoder.downsample_factor
     height, width = height or noise.shape[-2] * factor, width or noise.shape[-1] * factor
-    expected = (count, *pipeline.latent_shape_of(height, width))
+    expected = (count, *latent_shape_of(unet, autoencoder, height, width))
     if tuple(noise.shape) != expected:
         raise ValueError(
             f"noise: found shape {tuple(noise.shape)}, expected {expected}: {count} pictures of {height}x{width} "

@@ -15,7 +15,7 @@ from typing import Any
 from ldm.diffusion.objective import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.text_conditioner import TextConditioner
-from ldm.models.text_loading import FOLDERS
+from ldm.models.text_loading import FOLDERS, read_json
 
 # Number of text encoders of each class of pipeline that is opened here: with and without inpainting.
 PIPELINE_CLASSES = {
@@ -110,7 +110,7 @@ def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
         ValueError: a field is missing or has a value that is not supported; names it.
     """
     path = folder / SCHEDULER
-    values = _read_json(path)
+    values = read_json(path)
     needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}: not the scheduler of a discrete diffusion model")
@@ -158,8 +158,15 @@ def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Values of model_index.json; raises ValueError unless it is that of a pipeline that is opened here."""
-    values = _read_json(folder / INDEX)
+    """Values of model_index.json.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+        ValueError: it is not that of a pipeline that is opened here.
+    """
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds no pipeline: expected {INDEX} in it, beside the folders of its parts")
+    values = read_json(folder / INDEX)
     kind = values.get("_class_name")
     if kind not in PIPELINE_CLASSES:
         raise ValueError(
@@ -185,16 +192,6 @@ def link_folder(source: Path, target: Path) -> None:
             os.link(path, copy)
         except OSError:  # another file system, or one without links; a storage that is full fails again in the copy
             shutil.copyfile(path, copy)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a JSON {type(values).__name__}, expected an object")
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ldm.grid import labelled_grid, save_png
 from ldm.latent_files import check_latents_out, read_noise, write_latents
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.durable import file_hash
 from ldm.models.text_encoder import DTYPES
-from ldm.pipeline import generate
+from ldm.models.unet import UNetConfig
+from ldm.pipeline import checked_shape, generate
 from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
 from ldm.training.checkpoint import CheckpointError
 
@@ -134,7 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_latents_out(options.latents_out)
         noise = None if options.noise is None else read_noise(options.noise, len(pictures))
         device = choose_device(options.device)
-        pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype])
+
+        def check(unet: UNetConfig, autoencoder: AutoencoderKL) -> None:
+            checked_shape(unet, autoencoder, len(pictures), options.height, options.width, noise)
+
+        pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype], check)
         latents: list[Tensor] = []
         with progress_bar("sampling") as report:
             images = generate(
@@ -175,7 +181,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--grid", action="store_true", help="draw a labelled grid: as NAME.png, or beside the pictures")
     parser.add_argument(
-        "--negative", default="", metavar="TEXT", help="what guidance leads away from (default: nothing)"
+        "--negative",
+        default="",
+        metavar="TEXT",
+        help="what guidance leads away from (default, and where it is empty: no caption, as the network was trained "
+        "without one; zeros for SDXL)",
     )
     parser.add_argument(
         "--images_per_prompt", type=whole(1), default=1, metavar="N", help="pictures of each prompt (1)"

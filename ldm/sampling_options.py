@@ -19,7 +19,7 @@ from ldm.diffusion.samplers import OF_NOISE_ALONE, Progress
 from ldm.diffusion.spacing import SPACINGS
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import DTYPES
-from ldm.pipeline import Pipeline, load_pipeline
+from ldm.pipeline import ConfigCheck, Pipeline, load_pipeline
 from ldm.pipeline_folder import count_text_encoders
 from ldm.training.checkpoint import HASHES, STATE, find_checkpoint, verify_checkpoint
 
@@ -28,10 +28,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options that say which checkpoint samples, how, and on what device."""
     parser.add_argument(
         "--checkpoint",
-        type=Path,
         required=True,
         metavar="DIR",
-        help="run folder, its checkpoints/, a pipeline folder of diffusers, or a name on the hub",
+        help="run folder, its checkpoints/, a pipeline folder of diffusers, or OWNER/NAME on the hub",
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="seed of all noise (0)")
     parser.add_argument("--sampler", choices=[*OF_NOISE_ALONE], default="dpmpp_2m", help="default: dpmpp_2m")
@@ -46,35 +45,52 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="precision of the network (float32)")
 
 
-def open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Pipeline, str]:
-    """The pipeline that `path` means, and its name: `run/step-00001000`, or the folder's own name.
+def open_checkpoint(
+    source: str | Path, device: torch.device, dtype: torch.dtype, check: ConfigCheck | None = None
+) -> tuple[Pipeline, str]:
+    """The pipeline that `source` means, and its name: `run/step-00001000`, or the folder's own name.
 
     Args:
-        path: a pipeline folder, a run's folder, or a run's `checkpoints/` (the latest one then); where there is no such
-            folder, a name on the hub, or `package:NAME/folder`.
+        source: a pipeline folder, a run's folder, or a run's `checkpoints/` (the latest one then); `package:NAME/
+            folder`; or `owner/name` on the hub, with folders behind it or not, where there is no folder `owner` here.
+        check: as `load_pipeline` takes it.
 
     Raises:
-        CheckpointError: nothing there, or a run's checkpoint that is incomplete or altered; names the file.
-        FileNotFoundError, ValueError: a single file, or as `resolve_source` and `load_pipeline`.
+        CheckpointError: a folder with nothing in it, or a run's checkpoint that is incomplete or altered; names the
+            file.
+        FileNotFoundError, ValueError: no such folder, a single file, or as `resolve_source` and `load_pipeline`.
     """
+    name = str(source)
+    path = Path(name).expanduser()
     if path.is_file():
         raise ValueError(
             f"checkpoint: {path} is a single file, which has no tokenizer, expected a folder; make a pipeline's folder "
             f"of it: `python tools/convert_checkpoint.py {shlex.quote(str(path))} FOLDER --tokenizer TOKENIZER_FOLDER`"
         )
-    elsewhere = not path.exists() and not path.is_absolute()
-    name = str(path)
+    elsewhere = not path.exists()
+    if elsewhere and not name.startswith("package:") and not _may_be_on_hub(name):
+        raise FileNotFoundError(
+            f"checkpoint: there is no folder {name} (looked at {path.absolute()}), expected a run's folder, its "
+            "checkpoints/, a pipeline's folder, or OWNER/NAME on the hub"
+        )
     folder = _fetch(name) if elsewhere else find_checkpoint(path).resolve()  # `latest` becomes the step it points to
     if (folder / HASHES).is_file() or (folder / STATE).is_dir():
         verify_checkpoint(folder)
     if not elsewhere:
         name = f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
-    return load_pipeline(folder, device, dtype, channels_last=device.type == "cuda"), name
+    return load_pipeline(folder, device, dtype, channels_last=device.type == "cuda", check=check), name
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether it is `owner/name`, or deeper, and no path: of none that begins in a folder here the hub is asked."""
+    owner, _, rest = name.partition("/")
+    return bool(rest) and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
 
 
 def _fetch(name: str) -> Path:
     """Folder of a pipeline on the hub, or in a package; of the hub's files only those of its parts are taken."""
-    folder = resolve_source(name, "scheduler").parent
+    found = resolve_source(name, "scheduler")
+    folder = found.parent if found.name == "scheduler" else found  # itself where it is no pipeline's
     encoders = ("text_encoder", "text_encoder_2")[: count_text_encoders(folder)]
     for part in ("unet", "vae", *encoders):
         resolve_source(name, part)

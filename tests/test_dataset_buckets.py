@@ -61,7 +61,7 @@ def test_a_step_is_of_one_bucket_and_holds_the_pictures_of_its_aspect_cropped_to
             resized = np.asarray(picture.resize(size, Image.Resampling.LANCZOS) if size != picture.size else picture)
             wanted = resized[top : top + height, left : left + width]
             if generator(seed, Purpose.FLIP, position).random() < 0.5:
-                wanted = wanted[:, ::-1]
+                wanted, left = wanted[:, ::-1], size[0] - width - left
             np.testing.assert_allclose(batch.images[row].permute(1, 2, 0), wanted / 127.5 - 1, atol=1e-6)
             assert batch.sizes[row].tolist() == [picture.height, picture.width, top, left, height, width]
             expected = generator(seed, Purpose.NOISE, position).standard_normal(batch.noise.shape[1:], dtype=np.float32)

@@ -127,13 +127,33 @@ def test_flip_and_random_crop_of_pictures_follow_their_draws(tmp_path: Path) -> 
         wanted = pixels[:, left : left + 8]
         wanted = wanted[:, ::-1] if flip else wanted
         np.testing.assert_allclose(image.permute(1, 2, 0), wanted / 127.5 - 1, atol=1e-6)
-        assert sizes == [8, 30, 0, left, 8, 8]
+        assert sizes == [8, 30, 0, 22 - left if flip else left, 8, 8]
         lefts.add(left)
         flips += flip
     assert 0 in lefts or 1 in lefts
     assert 22 in lefts or 21 in lefts
     assert len(lefts) > 10
     assert 12 < flips < 38
+
+
+@pytest.mark.parametrize("target", [{}, {"target": [8, 8]}], ids=["read at once", "read one by one"])
+def test_sizes_of_encoded_samples_are_those_of_the_mirrored_picture_where_it_is_taken(tmp_path: Path, target) -> None:
+    def sample(shard: int, number: int) -> dict:
+        width = 80 + 5 * number  # resized to a tenth, so that each other spare width is odd
+        left = (round(width / 10) - 8 + 1) // 2
+        about = {"size": [80, width], "crop": [0, left]} | target
+        return encoded_sample(shard, number) | {"json": about}
+
+    manifest = write(tmp_path, sample, [24])
+    batch = SampleDataset(config(tmp_path, flip=0.5), manifest, 1, latent_shape=LATENT).__getitems__(list(range(48)))
+    seen = Counter()
+    for position, (key, sizes) in enumerate(zip(batch.keys, batch.sizes.tolist(), strict=True)):
+        width = 80 + 5 * int(key[-3:])
+        spare = round(width / 10) - 8
+        flip = generator(1, Purpose.FLIP, position).random() < 0.5
+        assert sizes == [80, width, 0, spare // 2 if flip else (spare + 1) // 2, 8, 8]
+        seen[flip, spare % 2] += 1
+    assert min(seen[flip, odd] for flip in (False, True) for odd in (0, 1)) > 3
 
 
 def test_one_of_several_captions_is_drawn_anew_in_each_epoch(tmp_path: Path) -> None:

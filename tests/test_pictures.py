@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ldm.data.pictures import decode_picture, normalize, open_picture, resize
+from ldm.data.pictures import decode_picture, mirror_center_crops, normalize, open_picture, resize
 
 
 def stored(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -168,6 +168,40 @@ def test_all_places_of_a_crop_are_inside_of_the_picture() -> None:
     tall = {"png": stored(Image.fromarray(noise(11, 8)))}
     assert [decode_picture(tall, 8, (place, 0.0)).crop for place in (0.0, 0.26, 0.76)] == [(0, 0), (1, 0), (3, 0)]
     assert all(decode_picture(data, 8, (0.999, place)).pixels.shape == (8, 8, 3) for place in (0, 0.999))
+
+
+def test_a_mirrored_crop_lies_where_its_pixels_are_in_the_mirrored_picture_over_300_crops() -> None:
+    rng = np.random.default_rng(7)
+    print("seed 7, 300 crops")
+    moved = 0
+    for height, width, *shape in rng.integers(8, 48, (300, 4)).tolist():
+        original, (least_height, least_width) = Image.fromarray(noise(height, width)), shape
+        place = tuple(rng.random(2).tolist())
+        picture = decode_picture({"png": stored(original)}, (least_height, least_width), place)
+        mirrored = picture.mirrored()
+        (top, left), whole = mirrored.crop, np.asarray(ImageOps.mirror(resize(original, (least_height, least_width))))
+        np.testing.assert_array_equal(mirrored.pixels, whole[top : top + least_height, left : left + least_width])
+        assert (mirrored.size, mirrored.crop[0]) == (picture.size, picture.crop[0])
+        moved += mirrored.crop != picture.crop
+    assert moved > 50
+
+
+def test_center_crops_of_mirrored_pictures_follow_from_size_and_crop_alone_over_500_pictures() -> None:
+    print("seed 8, 500 pictures")
+    odd, stored_smaller = 0, 0
+    for height, width, *shape in np.random.default_rng(8).integers(8, 200, (500, 4)).tolist():
+        picture = resize(Image.new("RGB", (width, height)), (shape[0], shape[1]))
+        top, left = (picture.height - shape[0] + 1) // 2, (picture.width - shape[1] + 1) // 2
+        expected = picture.width - shape[1] - left
+        given = np.array([[height, width, top, left], [7 * height - 3, 7 * width + 3, top, left], [0, 0, top, left]])
+        found = mirror_center_crops(given.astype(np.float64), (shape[0], shape[1]))
+        assert found[0].tolist() == [height, width, top, expected]
+        assert abs(found[1:, 3] - expected).max() <= 1
+        assert (found[:, :3] == given[:, :3]).all()
+        odd += expected != left
+        stored_smaller += found[1, 3] != expected
+    assert odd > 50
+    assert stored_smaller < 250
 
 
 def test_a_sample_without_picture_is_an_error() -> None:

@@ -216,6 +216,21 @@ def test_unconditional_states_are_those_that_dropped_captions_are_trained_with(p
     assert torch.equal(conditioning.text[1], unconditional.text[0])  # PROMPTS[1] is ""
 
 
+def test_an_empty_negative_prompt_is_zeros_for_sdxl_as_diffusers_makes_of_none(pair, tmp_path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = tmp_path / "xl"
+    save_pipeline(folder, make_pipeline(pair, pair=True, empty_caption="zeros"))
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder)
+    _, negative, _, pooled = theirs.encode_prompt("a", device="cpu", negative_prompt=None)
+    _, without = encode_prompts(load_pipeline(folder), ["a"], "")
+    assert torch.equal(without.text, negative)
+    assert without.pooled is not None
+    assert torch.equal(without.pooled, pooled)
+    assert not without.text.any()
+    assert theirs.encode_prompt("a", device="cpu", negative_prompt="")[1].any(), "the two differ in diffusers"
+
+
 def test_latents_are_unscaled_exactly_once_before_decoding(pipeline) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():

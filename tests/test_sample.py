@@ -155,7 +155,10 @@ def test_what_cannot_be_done_is_said_before_a_picture_is_drawn(run, tmp_path, ca
     assert "no.txt" in refusal(capsys, *base, "--prompts", tmp_path / "no.txt")
     nowhere = tmp_path / "nowhere"
     message = refusal(capsys, "--checkpoint", nowhere, "--out", tmp_path / "a.png", *prompt)
-    assert f"{nowhere} holds no checkpoint" in message
+    assert f"checkpoint: there is no folder {nowhere}" in message
+    (tmp_path / "empty").mkdir()
+    message = refusal(capsys, "--checkpoint", tmp_path / "empty", "--out", tmp_path / "a.png", *prompt)
+    assert f"{tmp_path / 'empty'} holds no checkpoint" in message
     message = refusal(capsys, *base, *prompt, "--device", "cuda:99")
     assert "device: 'cuda:99' cannot be used here" in message
     assert "device: 'tpux'" in refusal(capsys, *base, *prompt, "--device", "tpux")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,28 @@ def test_sizes_and_names_that_cannot_be_are_refused_before_a_picture_is_drawn(fo
     assert not (tmp_path / "a.png").exists()
 
 
+def test_a_size_or_noise_that_cannot_be_is_refused_before_the_network_s_weights_are_read(
+    folder, tmp_path, capsys
+) -> None:
+    # A folder whose large weights are none: reading these is another error.
+    shutil.copytree(folder, tmp_path / "p")
+    save_file({"other": torch.zeros(1)}, tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "p" / "text_encoder" / "model.safetensors").write_bytes(b"")
+    words = ["--checkpoint", tmp_path / "p", "--prompt=a", "--out", tmp_path / "a.png", *FAST]
+    assert "text_encoder" in refusal(capsys, *words)
+    for option, message in (("--height=15", "height: found 15 pixels"), ("--width=3", "width: found 3 pixels")):
+        assert message in refusal(capsys, *words, option)
+    write_noise(tmp_path / "noise.safetensors", 1, 16, 8, 8)
+    message = refusal(capsys, *words, "--noise", tmp_path / "noise.safetensors")
+    assert "noise: found shape (1, 16, 8, 8), expected (1, 4, 8, 8)" in message
+
+
+def test_no_bar_stands_above_the_refusal_of_a_size(folder, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(folder), "--prompt=a", "--out", str(tmp_path / "a.png"), "--height=15", *FAST])
+    assert "step/s" not in capsys.readouterr().err
+
+
 def test_noise_that_is_scaled_already_is_used_and_reported(folder, tmp_path, caplog) -> None:
     write_noise(tmp_path / "noise.safetensors", 1, 4, 8, 8, scale=14.6)
     with caplog.at_level(logging.WARNING):
@@ -186,8 +209,8 @@ def test_a_single_file_is_refused_with_the_command_that_makes_a_folder_of_it(tmp
     assert f"`python tools/convert_checkpoint.py {quoted} FOLDER --tokenizer" in message
 
 
-def test_a_name_on_the_hub_is_a_checkpoint(folder, tmp_path, monkeypatch, capsys) -> None:
-    # The cache that the hub's own client keeps, without network.
+def write_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder as owner/tiny in the cache that the hub's own client keeps, without network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--owner--tiny"
@@ -195,6 +218,10 @@ def test_a_name_on_the_hub_is_a_checkpoint(folder, tmp_path, monkeypatch, capsys
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / ("0" * 40)).symlink_to(folder)
+
+
+def test_a_name_on_the_hub_is_a_checkpoint(folder, tmp_path, monkeypatch, capsys) -> None:
+    write_hub(folder, tmp_path, monkeypatch)
     run("--checkpoint", "owner/tiny", "--prompt=a", "--out", tmp_path / "hub.png", *FAST)
     run("--checkpoint", folder, "--prompt=a", "--out", tmp_path / "folder.png", *FAST)
     assert np.array_equal(pixels(tmp_path / "hub.png"), pixels(tmp_path / "folder.png"))
@@ -202,3 +229,22 @@ def test_a_name_on_the_hub_is_a_checkpoint(folder, tmp_path, monkeypatch, capsys
     message = refusal(capsys, "--checkpoint", "owner/other", "--prompt=a", "--out", tmp_path / "a.png")
     assert "'owner/other': no such local path" in message
     assert "the hub gave no such model" in message
+
+
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(folder, tmp_path, monkeypatch, capsys) -> None:
+    write_hub(folder, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./owner/tiny", "../owner/tiny", "~/owner/tiny", "/owner/tiny", "tiny"):
+        message = refusal(capsys, "--checkpoint", name, "--prompt=a", "--out", "a.png")
+        assert f"checkpoint: there is no folder {name} (looked at /" in message
+    (tmp_path / "owner").mkdir()
+    assert "there is no folder owner/tiny" in refusal(capsys, "--checkpoint=owner/tiny", "--prompt=a", "--out=a.png")
+
+
+def test_what_is_no_pipeline_elsewhere_is_refused_by_the_file_it_lacks(folder, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--prompt=a", "--out", tmp_path / "a.png"]
+    message = refusal(capsys, "--checkpoint=package:ldm/pretrained/emoji-f4", *words)
+    assert "ldm/pretrained/emoji-f4 holds no pipeline: expected model_index.json in it" in message
+    write_hub(folder / "vae", tmp_path, monkeypatch)
+    message = refusal(capsys, "--checkpoint=owner/tiny", *words)
+    assert f"{'0' * 40} holds no pipeline: expected model_index.json in it" in message

@@ -145,4 +145,4 @@ def check_row(batch: Batch, row: int, position: int, seed: int, settings: DataCo
     expected = torch.from_numpy((part[:, ::-1] if flip else part).copy()).permute(2, 0, 1).float() / 127.5 - 1
     assert batch.images is not None
     torch.testing.assert_close(batch.images[row], expected, rtol=0, atol=1e-6)
-    assert batch.sizes[row].tolist() == [8, 12, 0, left, 8, 8]
+    assert batch.sizes[row].tolist() == [8, 12, 0, 4 - left if flip else left, 8, 8]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,6 +30,12 @@ class Picture(NamedTuple):
     """Height and width of the original, upright."""
     crop: tuple[int, int]
     """Top and left of the part in the resized picture."""
+
+    def mirrored(self) -> "Picture":
+        """The same part of the mirrored picture, left of which lies what was right of it."""
+        height, width = self.pixels.shape[:2]
+        spare = int(resized_widths(*self.size, (height, width))) - width
+        return Picture(self.pixels[:, ::-1], self.size, (self.crop[0], spare - self.crop[1]))
 
 
 def open_picture(data: bytes) -> tuple[Image.Image, str]:
@@ -68,9 +75,35 @@ def resize(picture: Image.Image, shape: int | tuple[int, int]) -> Image.Image:
     """
     width, height = picture.size
     least_height, least_width = (shape, shape) if isinstance(shape, int) else shape
-    scale = max(least_height / height, least_width / width)
-    size = (max(least_width, round(width * scale)), max(least_height, round(height * scale)))
+    size = (
+        int(resized_widths(height, width, (least_height, least_width))),
+        int(resized_widths(width, height, (least_width, least_height))),
+    )
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def resized_widths(heights: ArrayLike, widths: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
+    """Widths that pictures of those heights and widths have at the smallest size that covers `shape`, before the crop.
+
+    With heights and widths in each other's place, in `shape` too, it is the heights.
+    """
+    heights, widths = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
+    scales = np.maximum(shape[0] / heights, shape[1] / widths)
+    return np.maximum(shape[1], np.rint(widths * scales))
+
+
+def mirror_center_crops(sizes_and_crops: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Height, width, top and left (n, 4) of center crops, for the mirrored pictures: the left becomes theirs.
+
+    As the left is half the spare width, rounded up, that of the mirrored picture is the same or one less, by whether
+    the spare width is odd. Sizes tell that of a picture that was cropped as it was; one that was stored smaller before
+    has the size of its original, whose spare width may be another, and where that does not lead to the crop that is
+    given, the left stays: a pixel too much at most.
+    """
+    heights, widths, tops, lefts = sizes_and_crops.T
+    with np.errstate(all="ignore"):  # sizes of nothing, which are as good as none
+        spare = resized_widths(heights, widths, shape) - shape[1]
+    return np.stack([heights, widths, tops, lefts - (spare == 2 * lefts - 1)], axis=1)
 
 
 def decode_picture(

@@ -29,7 +29,7 @@ from ldm.data.members import (
     size_and_crop,
     two_pairs,
 )
-from ldm.data.pictures import decode_picture, normalize
+from ldm.data.pictures import decode_picture, mirror_center_crops, normalize
 from ldm.data.quarantine import Quarantined
 
 BYTES_AT_ONCE = 1 << 18
@@ -78,7 +78,7 @@ class Sample(NamedTuple):
     name: str
     caption: str
     sizes: tuple[float, ...]
-    """Original height and width, crop top and left, in pixels"""
+    """Original height and width, crop top and left, in pixels: of the mirrored picture where it was flipped"""
     array: np.ndarray
     """Pixels (H, W, 3) uint8, or moments (2C, h, w) float16 or float32"""
     text_states: np.ndarray | None = None
@@ -109,16 +109,21 @@ def decode_sample(name: str, members: Members, draws: Draws, form: Form) -> Samp
     if not form.encoded:
         whole = {extension: bytes(one) for extension, one in members.items()}  # no copy of what is bytes
         picture = decode_picture(whole, form.pixels, draws.place)
-        pixels = picture.pixels[:, ::-1] if draws.flip else picture.pixels
+        picture = picture.mirrored() if draws.flip else picture
         size = original_size(decode_json(members), picture.size)
-        return Sample(name, caption, two_pairs(size, picture.crop), pixels)
+        return Sample(name, caption, two_pairs(size, picture.crop), picture.pixels)
     name_of = FLIPPED if draws.flip else MOMENTS
     moments = decode_floats(members, name_of, form.moments)
     if moments.itemsize > form.moments_dtype.itemsize:
         raise ValueError(f"member .{name_of} is {moments.dtype}, its manifest says {form.moments_dtype}")
     states = None if form.text is None else _text(members, TEXT, form.text, form.text_dtype)
     pooled = None if form.pooled is None else _text(members, POOLED, form.pooled, form.pooled_dtype)
-    return Sample(name, caption, size_and_crop(members, form.pixels), moments, states, pooled)
+    return Sample(name, caption, _encoded_sizes(members, draws, form), moments, states, pooled)
+
+
+def _encoded_sizes(members: Members, draws: Draws, form: Form) -> tuple[float, ...]:
+    sizes = size_and_crop(members, form.pixels)
+    return tuple(mirror_center_crops(np.array([sizes]), form.pixels)[0].tolist()) if draws.flip else sizes
 
 
 def _text(members: Members, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
@@ -199,6 +204,8 @@ class Contents:
         if captions is not None:
             self.captions = captions
         if sizes is not None:
+            flipped = [own.flip for own in draws]
+            sizes[flipped] = mirror_center_crops(sizes[flipped], self.form.pixels)
             self.sizes[:, :4] = torch.from_numpy(sizes)
         if captions is not None and sizes is not None:
             return {}
@@ -210,7 +217,7 @@ class Contents:
                     if captions is None:
                         self.captions[row] = decode_caption(one, own.caption)
                     if sizes is None:
-                        all_sizes[row, :4] = size_and_crop(one, self.form.pixels)
+                        all_sizes[row, :4] = _encoded_sizes(one, own, self.form)
                 elif one is not None:
                     self.put(row, decode_sample(name, one, own, self.form))
             except ValueError as error:
