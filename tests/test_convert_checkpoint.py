@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import FAMILIES, UNETS, checkpoint, clip, make_unet, make_vae, vae_config
+from tiny_checkpoints import FAMILIES, SCALING, UNETS, checkpoint, clip, make_unet, make_vae, vae_config
 from tiny_models import make_clip_tokenizer
 from torch import Tensor
 
@@ -29,7 +30,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
-    make_clip_tokenizer(folder, ["a p", "ap p", "r e"])
+    make_clip_tokenizer(folder, ["a p", "ap p", "r e"], pad_token="!")
     return str(folder)
 
 
@@ -93,7 +94,8 @@ def test_compvis_to_diffusers_to_compvis_gives_the_same_bytes_of_every_tensor(
     assert places <= extra.keys()
     convert(tmp_path / "folder", tmp_path / "b.safetensors")
     identical(load_file(file), load_file(tmp_path / "b.safetensors"))
-    assert not list(tmp_path.glob("b.*.json"))  # the family tells it all
+    # The family tells it all, but what SD 2.x predicts.
+    assert [p.name for p in tmp_path.glob("b.*.json")] == (["b.scheduler.json"] if family == "sd2" else [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +106,8 @@ def test_diffusers_to_compvis_to_diffusers_gives_the_same_bytes_of_every_tensor(
     convert(tmp_path / "a.safetensors", tmp_path / "first", *words(family, tokenizer))
     (tmp_path / "first" / "compvis_extra.safetensors").unlink()  # a folder that never was a single file
     convert(tmp_path / "first", tmp_path / "b.safetensors")
-    assert "not converted: scheduler, tokenizer" in capsys.readouterr().out
+    said = "not converted: tokenizer" if family == "sd2" else "not converted: scheduler, tokenizer"
+    assert said in capsys.readouterr().out
     convert(tmp_path / "b.safetensors", tmp_path / "second", *words(family, tokenizer))
     identical(folder_tensors(tmp_path / "first"), folder_tensors(tmp_path / "second"))
     for path in sorted((tmp_path / "first").rglob("*.json")):
@@ -126,6 +129,21 @@ def test_settings_that_a_single_file_cannot_tell_lie_beside_it_and_come_back(tmp
     convert(tmp_path / "own.safetensors", tmp_path / "back")
     identical(folder_tensors(folder), folder_tensors(tmp_path / "back"))
     assert AutoencoderKL.open(tmp_path / "back")[0].scaling_factor == 0.7
+
+
+def test_a_family_is_known_though_shapes_leave_its_heads_open(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path / "own"
+    config = {**UNETS["sdxl"], "block_out_channels": [32, 96], "attention_head_dim": 1}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    make_vae("sdxl").save_pretrained(folder / "vae")
+    convert(folder, tmp_path / "own.safetensors")
+    assert [p.name for p in tmp_path.glob("own.*.json")] == ["own.unet.json"]
+    convert(tmp_path / "own.safetensors", tmp_path / "back")
+    identical(folder_tensors(folder), folder_tensors(tmp_path / "back"))
+    assert UNet.open(tmp_path / "back")[0] == UNet.open(folder)[0]
+    assert AutoencoderKL.open(tmp_path / "own.safetensors")[0].scaling_factor == SCALING["sdxl"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -222,6 +240,46 @@ def test_the_marks_of_v_prediction_and_zero_terminal_snr_are_heeded(tmp_path: Pa
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
     convert(tmp_path / "folder", tmp_path / "b.safetensors")
     identical(load_file(file), load_file(tmp_path / "b.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_a_tokenizer_comes_from_wherever_models_come_and_must_pad_as_openclip_was_trained(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    folder = "tokenizer_2" if family == "sdxl" else "tokenizer"
+    file = save(checkpoint(family), tmp_path / "a.safetensors")
+    make_clip_tokenizer(tmp_path / "end", ["a p"])
+    given = [f"--{folder}", str(tmp_path / "end"), *PREDICTION.get(family, [])]
+    first = ["--tokenizer", tokenizer] if family == "sdxl" else []
+    error = refused(capsys, file, tmp_path / "x", *first, *given)
+    assert re.search(rf"--{folder} .*end: it pads captions with id 514 \('<\|endoftext\|>'\).*trained with id 0", error)
+    assert "OpenCLIP's (padded with !)" in refused(capsys, file, tmp_path / "x", *first, *PREDICTION.get(family, []))
+    # A pipeline's folder: its own tokenizer for each.
+    shutil.copytree(tokenizer, tmp_path / "pipeline" / "tokenizer_2")
+    shutil.copytree(tokenizer if family == "sd2" else tmp_path / "end", tmp_path / "pipeline" / "tokenizer")
+    pipeline = str(tmp_path / "pipeline")
+    convert(file, tmp_path / "x", *words(family, pipeline))
+    written = (tmp_path / "x" / folder / "tokenizer.json").read_bytes()
+    assert written == (Path(tokenizer) / "tokenizer.json").read_bytes()
+    assert "nowhere" in refused(capsys, file, tmp_path / "y", *words(family, str(tmp_path / "nowhere")))
+
+
+def test_it_is_said_where_settings_come_from_which_are_assumed_and_which_weights_are_taken(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(checkpoint("sd1", averages=True), tmp_path / "a.safetensors")
+    convert(file, tmp_path / "raw", *words("sd1", tokenizer))
+    said = capsys.readouterr().out
+    assert "no shape tells attention_head_dim 8, norm_num_groups 32, taken as published. The raw weights" in said
+    assert "settings of an autoencoder from its shapes; no shape tells norm_num_groups 32, taken as published\n" in said
+    values = {"_class_name": "AutoencoderKL", **vae_config("sd1", scaling_factor=0.5)}
+    (tmp_path / "a.vae.json").write_text(json.dumps(values))
+    convert(file, tmp_path / "averages", *words("sd1", tokenizer), "--ema")
+    said = capsys.readouterr().out
+    assert f"settings of an autoencoder from {tmp_path}/a.vae.json\n" in said
+    assert "The raw weights" not in said
+    (tmp_path / "a.vae.json").write_text(json.dumps({**values, "latent_channels": "x"}))
+    assert refused(capsys, file, tmp_path / "x", *words("sd1", tokenizer)).startswith(f"error: {tmp_path}/a.vae.json: ")
 
 
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(

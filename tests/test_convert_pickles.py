@@ -146,6 +146,14 @@ def test_what_is_no_checkpoint_is_refused_by_name(
     assert f"{tmp_path / 'a.pt'} " in refused(capsys, tmp_path / "a.pt", tmp_path / "a.safetensors")
 
 
+def test_junk_is_refused_with_the_kind_of_error_and_not_its_bare_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "j.ckpt").write_bytes(b"\x80\x02j\xde\xad\xbe\x0a.")  # asks for an object that was never stored
+    error = refused(capsys, tmp_path / "j.ckpt", tmp_path / "a.safetensors")
+    assert "j.ckpt is not read: no checkpoint that torch reads (KeyError: " in error
+
+
 def test_a_truncated_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(small_state(), tmp_path / "a.pt")
     content = (tmp_path / "a.pt").read_bytes()

@@ -117,12 +117,67 @@ def test_an_autoencoder_by_itself_asks_for_its_scaling_factor_and_takes_it_from_
     # The error's own draft is what has to be written.
     draft = next(line for line in str(error.value).splitlines() if line.startswith("{"))
     values = {**json.loads(draft), "scaling_factor": 0.4, "shift_factor": 0.1}
-    for name in ("ae.v2.vae.json", "ae.v2.json", "config.json"):
+    released = save(tensors, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    for name, by_name in (("ae.v2.vae.json", file), ("ae.v2.json", file), ("config.json", released)):
         (tmp_path / name).write_text(json.dumps(values))
-        opened = AutoencoderKL.from_pretrained(file)
+        opened = AutoencoderKL.from_pretrained(by_name)
         assert (opened.config.scaling_factor, opened.config.shift_factor) == (0.4, 0.1)
         same_weights(opened, theirs)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["sd1.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_config_json_in_the_folder_of_a_whole_checkpoint_is_not_its_own(tmp_path: Path, name: str) -> None:
+    file = save(checkpoint("sd1"), tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **vae_config("sdxl")}))
+    assert AutoencoderKL.open(file)[0].scaling_factor == 0.18215
+    values = {"_class_name": "UNet2DConditionModel", **UNETS["sd1"], "attention_head_dim": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert UNet.open(file)[0].attention_head_dim == 8
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "model_2.safetensors"])
+def test_config_json_is_not_that_of_a_file_with_a_name_of_its_own(tmp_path: Path, name: str) -> None:
+    file = save(make_vae("sd1").state_dict(), tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **vae_config("sdxl")}))
+    with pytest.raises(ValueError, match="does not tell scaling_factor"):
+        AutoencoderKL.open(file)
+
+
+def test_notes_of_another_program_beside_a_file_are_passed_by_and_settings_without_a_class_are_not(
+    tmp_path: Path,
+) -> None:
+    file = save(checkpoint("sd1"), tmp_path / "sd1.safetensors")
+    for notes in ({"description": "x", "sd version": "SD1", "preferred weight": 0.7}, {}, ["x"]):
+        (tmp_path / "sd1.json").write_text(json.dumps(notes))
+        assert UNet.open(file)[0] == UNetConfig.from_dict(UNETS["sd1"])
+        assert AutoencoderKL.open(file)[0].scaling_factor == 0.18215
+    (tmp_path / "sd1.json").write_text(json.dumps({**UNETS["sd1"], "attention_head_dim": 4}))
+    assert UNet.open(file)[0].attention_head_dim == 4
+    (tmp_path / "sd1.json").write_text(json.dumps({**UNETS["sd1"], "attention_head_dim": 4, "class_embed_type": "x"}))
+    with pytest.raises(ValueError, match=r"sd1\.json: .*\n  class_embed_type") as error:
+        UNet.open(file)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_what_is_assumed_and_that_averages_are_not_taken_is_said_once(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    UNet.from_pretrained(files["sd1"])
+    (line,) = [record.message for record in caplog.records]
+    assert str(files["sd1"]) in line
+    assert "no shape tells attention_head_dim 8, norm_num_groups 32, taken as published" in line
+    assert "raw weights are taken, not the averaged ones (model_ema.*)" in line
+    caplog.clear()
+    AutoencoderKL.open(files["sd2"])
+    UNet.open(files["sd2"])
+    vae, unet = [record.message for record in caplog.records]
+    assert vae.endswith("no shape tells norm_num_groups 32, taken as published")
+    assert unet.endswith("no shape tells attention_head_dim [1, 2], norm_num_groups 32, taken as published")
+    caplog.clear()
+    make_unet("sd1").save_pretrained(tmp_path)
+    UNet.open(tmp_path)
+    assert not caplog.records
 
 
 def test_a_scale_factor_in_the_file_goes_before_that_of_its_family(tmp_path: Path) -> None:
@@ -209,6 +264,19 @@ def test_a_file_that_was_made_of_a_folder_has_lost_the_last_layer_already(tmp_pa
     prefix = "cond_stage_model.model."
     tensors = {prefix + name: tensor for name, tensor in openclip(64).items() if name != "text_projection"}
     assert text_encoder_weights(save(tensors, tmp_path / "x.safetensors"), 1)[0]["num_hidden_layers"] == 3
+
+
+@pytest.mark.parametrize(("layers", "left"), [(24, 23), (23, 23)])
+def test_the_last_of_24_layers_is_left_out_though_the_projection_is_not_there(
+    tmp_path: Path, layers: int, left: int
+) -> None:
+    prefix = "cond_stage_model.model."
+    tensors = openclip(64, layers=layers, vocabulary=30)
+    del tensors["text_projection"]
+    file = save({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    values, read = text_encoder_weights(file, 1)
+    assert values["num_hidden_layers"] == left
+    assert sum(name.endswith("mlp.fc1.weight") for name in read()) == left
 
 
 def test_a_text_encoder_that_is_not_there_or_not_whole_is_named(files: dict[str, Path], tmp_path: Path) -> None:

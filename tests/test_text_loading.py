@@ -341,6 +341,13 @@ def test_a_single_checkpoint_gives_the_states_of_its_folders(tmp_path: Path) -> 
     folder = TextEncoder(TextEncoderConfig(str(tmp_path / "text_encoder_2"), layer="penultimate"))
     assert torch.equal(ours.encode(CAPTIONS).text, folder.encode(CAPTIONS).text)
     assert ours.identity() == folder.identity()
+    with pytest.raises(
+        ValueError, match=r"text_encoder\.layer: .*sd2\.safetensors .* left out already; set layer: last"
+    ):
+        TextEncoder(TextEncoderConfig(sd2, tokenizer_2, layer="penultimate"))
+    assert (
+        TextEncoder(TextEncoderConfig(sd1, tokenizer, layer="penultimate")).identity()["layers"] == 3
+    )  # CLIP's is all
 
     sdxl = checkpoint("sdxl", first=clip, second=open_clip)
     inner = "penultimate_without_norm"

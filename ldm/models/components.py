@@ -4,6 +4,7 @@ Enters: a source (component or pipeline folder, single file, `package:`, hub nam
 Leaves: its config and its weights, found but not read; or an error that says what is there instead.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from ldm.models.pretrained import CONFIG_NAME, read_config, resolve_source
 from ldm.models.single_file import CLASS_NAMES, LABELS, SingleFile, contents
 from ldm.models.unet_config import UNetConfig
 from ldm.models.weight_files import Weights
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=UNetConfig | AutoencoderConfig)
 
@@ -74,6 +77,7 @@ def _open_file(kind: Kind[C], path: Path, what: str) -> tuple[C, Weights]:
     part = single.part(kind.component)
     values = single.values(kind.component)
     config = _config(kind, values, single.config_beside(kind.component) or path)
+    logger.warning("%s: %s", what, single.origin(kind.component))
     to_diffusers = kind.names(config).to_diffusers if part.layout == "compvis" else kind.current
     own = single.own_shapes(kind.component)
 

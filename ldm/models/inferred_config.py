@@ -16,6 +16,8 @@ HEADS = 8
 """Of SD 1.x, at each level."""
 HEAD_SIZE = 64
 """Of SD 2.x and XL, and of CLIP's text models."""
+CONVENTIONS = {"unet": ("attention_head_dim", "norm_num_groups"), "vae": ("norm_num_groups",)}
+"""Settings below that are taken as published models have them: any other value would fit the same shapes."""
 SIZES_FEATURES = 256
 POOLED = 1280
 """SDXL: features of each of its six sizes, and of its pooled text; a shape tells no more than their sum."""

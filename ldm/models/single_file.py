@@ -7,7 +7,7 @@ of its config.json, and its names and shapes; where shapes do not tell a setting
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ldm.models import compvis, compvis_text, inferred_config
+from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.inferred_config import Shapes
 from ldm.models.pretrained import CONFIG_NAME, read_config
+from ldm.models.unet_config import UNetConfig
 from ldm.models.weight_files import Weights, file_shapes, weight_files
 
 CLASS_NAMES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+CONFIGS: dict[str, type[UNetConfig] | type[AutoencoderConfig]] = {"unet": UNetConfig, "vae": AutoencoderConfig}
 _OWNERS = {"compvis": "CompVis'", "diffusers": "diffusers'"}
 LABELS = {"unet": "a UNet", "vae": "an autoencoder", "text": "a text encoder"}
 
@@ -53,7 +56,12 @@ _OPENCLIP_H_LAYERS = 24
 SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 _SAMPLE_SIZES = {"sd1": 64, "sdxl": 128}  # of latents; SD 2.x was trained at two sizes
 
+# Names under which one component is released in its folder: config.json there is its own. Beside a file of any other
+# name it may be anyone's.
+_WEIGHTS_OF_A_FOLDER = re.compile(r"(diffusion_pytorch_model|model)\.")
+
 # What a training script leaves beside the model in the file of an autoencoder or UNet alone.
+_AVERAGES = "model_ema.diffusion_model"
 _TRAINING = ("loss.", "model_ema.", "discriminator.")
 
 
@@ -148,13 +156,39 @@ class SingleFile:
             ) from error
 
     def config_beside(self, component: str) -> Path | None:
-        """FILE.unet.json (or .vae.json), FILE.json or config.json beside the file; not one of another class."""
-        places = [self.known_as.with_suffix(f".{component}.json"), self.known_as.with_suffix(".json")]
-        places.append(self.known_as.parent / CONFIG_NAME)
+        """The file of a component's settings: FILE.unet.json (or .vae.json), or FILE.json of that class.
+
+        config.json too, but only beside a model by itself that is called as one in its folder.
+        """
+        own = self.known_as.with_suffix(f".{component}.json")
+        if own.is_file():
+            return own
+        places = [self.known_as.with_suffix(".json")]
+        if not self.part(component).prefix and _WEIGHTS_OF_A_FOLDER.match(self.known_as.name):
+            places.append(self.known_as.parent / CONFIG_NAME)
         for place in places:
-            if place.is_file() and place != self.known_as and not _of_another(place, CLASS_NAMES[component]):
+            if place.is_file() and place != self.known_as and not _of_another(place, component):
                 return place
         return None
+
+    def origin(self, component: str, averaged: bool = False) -> str:
+        """Where the settings and weights of a component come from, as far as that is a choice or a guess.
+
+        Args:
+            averaged: the averaged weights are taken, where there are any.
+        """
+        beside = self.config_beside(component)
+        if beside is not None:
+            found = f"settings of {LABELS[component]} from {beside}"
+        else:
+            assumed = ", ".join(
+                f"{name} {value}"
+                for name, value in self.told(component).items()
+                if name in inferred_config.CONVENTIONS[component]
+            )
+            found = f"settings of {LABELS[component]} from its shapes; no shape tells {assumed}, taken as published"
+        averages = component == "unet" and not averaged and any(name.startswith(_AVERAGES) for name in self.shapes)
+        return f"{found}. The raw weights are taken, not the averaged ones (model_ema.*)" if averages else found
 
     def own_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a component's tensors, by their names in the file without the prefix."""
@@ -168,7 +202,8 @@ class SingleFile:
         if component == "vae":
             return self._vae_values(part)
         values = inferred_config.unet_values(self._diffusers_shapes("unet", part))
-        return {"sample_size": _SAMPLE_SIZES.get(self._family_of(values)), **values}
+        family = self._family_of("addition_embed_type" in values, values["use_linear_projection"])
+        return {"sample_size": _SAMPLE_SIZES.get(family), **values}
 
     def _diffusers_shapes(self, component: str, part: Part) -> dict[str, tuple[int, ...]]:
         own = self.own_shapes(component)
@@ -207,22 +242,27 @@ class SingleFile:
         """sd1, sd2 or sdxl of a whole checkpoint; None for a model by itself."""
         if "unet" not in self.contents.parts or len(self.contents.parts) + len(self.contents.text) < 2:
             return None
-        return self._family_of(inferred_config.unet_values(self._diffusers_shapes("unet", self.part("unet"))))
+        # Of two shapes and not of all settings: one of these may be open, and told by a config file.
+        shapes = self._diffusers_shapes("unet", self.part("unet"))
+        linear = len(shapes.get("mid_block.attentions.0.proj_in.weight", ())) == 2
+        return self._family_of("add_embedding.linear_1.weight" in shapes, linear)
 
     @staticmethod
-    def _family_of(values: Mapping[str, Any]) -> str:
-        if values.get("addition_embed_type"):
-            return "sdxl"
-        return "sd2" if values["use_linear_projection"] else "sd1"
+    def _family_of(added: bool, linear: bool) -> str:
+        return "sdxl" if added else "sd2" if linear else "sd1"
 
 
-def _of_another(config: Path, class_name: str) -> bool:
+def _of_another(config: Path, component: str) -> bool:
     try:
         values = json.loads(config.read_text())
     except ValueError:
         return False  # read_config says what is wrong with it
-    # transformers' files have a model_type and no class.
-    return isinstance(values, dict) and (values.get("_class_name", class_name) != class_name or "model_type" in values)
+    if not isinstance(values, dict) or "model_type" in values:  # transformers' files have it, and no class
+        return True
+    if "_class_name" in values:
+        return bool(values["_class_name"] != CLASS_NAMES[component])
+    # Programs write notes of their own beside a file, under its name.
+    return not values.keys() & {field.name for field in fields(CONFIGS[component])}
 
 
 def text_entries(shapes: Shapes, prefix: str) -> list[compvis_text.Entry]:

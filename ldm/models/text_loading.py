@@ -6,6 +6,7 @@ lists all that does not fit.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from ldm.models.pretrained import resolve_source
 from ldm.models.single_file import text_encoder_weights
 from ldm.models.weight_files import Weights, weight_files
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 """Of the first and the second encoder in a pipeline's folder: the model's, the tokenizer's."""
@@ -47,6 +50,13 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 # eos_token_id of CLIP files from before transformers knew the real one; it pools at the highest id of a caption.
 LEGACY_END = 2
+
+# Widths of OpenCLIP's text models (activation gelu) in SD 2.x and SDXL, which were trained with captions padded with
+# the first token of the vocabulary; CLIP's own (quick_gelu) with captions padded with their end.
+OPENCLIP_WIDTHS = (1024, 1280)
+OPENCLIP_PADDING = 0
+SD2_LAYERS, SD2_WIDTH = 23, 1024
+"""Of SD 2.x' text encoder as it is shipped: OpenCLIP's without the last layer."""
 
 
 def locate(source: str, tokenizer: str | None, number: int) -> tuple[Path, Path]:
@@ -102,12 +112,13 @@ def load_model(source: Path, number: int, *, cut_last: bool, dtype: torch.dtype)
     Raises:
         FileNotFoundError: no weights there.
         ValueError: a model type that is no text encoder; weights that are missing, left over, of other shapes, damaged,
-            or only there as a pickle.
+            or only there as a pickle; `cut_last` for weights that are without the last layer already.
     """
     import transformers  # 2 to 3 s: not before a model is loaded, so that --help answers at once
 
     name, config, tensors = _read(source, number)
     if cut_last:
+        _check_uncut(source, number, config)
         config.num_hidden_layers -= 1
     model_class = getattr(transformers, name)
     try:
@@ -168,7 +179,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Raises ValueError where ids of the tokenizer are none of the model's, or it cannot tell where a caption ends."""
+    """Raises ValueError where ids of the tokenizer are none of the model's, or it cannot tell where a caption ends.
+
+    Warns where an OpenCLIP model as SD 2.x and SDXL have it would get captions padded otherwise than they were there.
+    """
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the {type(model).__name__} has embeddings for "
@@ -181,6 +195,16 @@ def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
             f"{folder}: the tokenizer ends captions with id {tokenizer.eos_token_id}, but the model's eos_token_id, "
             f"where pooled text is taken, is {end}"
         )
+    config = model.config
+    openclip = getattr(config, "hidden_act", None) == "gelu" and config.hidden_size in OPENCLIP_WIDTHS
+    if openclip and type(model).__name__.startswith("CLIP") and tokenizer.pad_token_id != OPENCLIP_PADDING:
+        # No error: OpenCLIP's whole models are released with such a tokenizer, and a model can be trained with it.
+        logger.warning(
+            "%s: the tokenizer pads captions with id %s (%r), but SD 2.x and SDXL were trained with this text encoder "
+            "and id %d (%r): their UNets need the tokenizer of their own pipeline",
+            folder, tokenizer.pad_token_id, tokenizer.pad_token,
+            OPENCLIP_PADDING, tokenizer.convert_ids_to_tokens(OPENCLIP_PADDING),
+        )  # fmt: skip
 
 
 def _read(source: Path, number: int) -> tuple[str, Any, dict[str, Tensor]]:
@@ -193,6 +217,21 @@ def _read(source: Path, number: int) -> tuple[str, Any, dict[str, Tensor]]:
 
     values, tensors = text_encoder_weights(source, number)
     return values["architectures"][0], CLIPTextConfig(**values), tensors()
+
+
+def _check_uncut(source: Path, number: int, config: Any) -> None:
+    openclip = getattr(config, "hidden_act", None) == "gelu"
+    if openclip and (config.num_hidden_layers, config.hidden_size) == (SD2_LAYERS, SD2_WIDTH):
+        raise ValueError(
+            f"{FOLDERS[number - 1][0]}.layer: found 'penultimate', but {source} has {SD2_LAYERS} layers, as SD 2.x "
+            "ships it: the last layer is gone already; set layer: last"
+        )
+    whole_checkpoint = source.is_file() and not _describes_text(source.parent)
+    if openclip and number == 1 and whole_checkpoint:
+        raise ValueError(
+            f"{FOLDERS[0][0]}.layer: found 'penultimate', but {source} is a checkpoint of SD 2.x, of whose text "
+            "encoder the last layer is left out already; set layer: last"
+        )
 
 
 def _describes_text(folder: Path) -> bool:
