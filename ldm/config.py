@@ -89,7 +89,7 @@ class RunConfig:
     caption, or zeros, with which SDXL was trained."""
     init_from: str | None = None
     """Trained network to begin with instead of random weights: as `autoencoder`, but of a UNet. Read where the run
-    starts anew, not when it resumes."""
+    starts anew, not when it resumes. A run's folder means its latest checkpoint, here as in `autoencoder`."""
     seed: int = 0
     """Seed of everything random in the run; with the position of a sample it addresses each draw."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
@@ -116,6 +116,13 @@ class RunConfig:
     """Loss on held-out shards with fixed draws."""
     card: CardConfig = field(default_factory=CardConfig)
     """What the README.md of each checkpoint says besides what the run knows."""
+
+    def __post_init__(self) -> None:
+        # An empty path would be the folder that the program is started in.
+        for name, value in (("autoencoder", self.autoencoder), ("init_from", self.init_from)):
+            if value is not None and not value.strip():
+                unset = ", or null" if name == "init_from" else ""
+                raise ValueError(f"{name}: empty, expected a folder, a file, package:NAME/folder or a hub name{unset}")
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:

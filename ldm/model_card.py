@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 
 TITLE = "Text-to-image latent diffusion model"
+TEXTS = ("prompts",)
+"""Settings whose values are text and no paths, whatever they begin with."""
 
 _PATH = re.compile(r"(?:file://|(?<![\w.:/\\~]))(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s\"',;]+")
+_UPWARDS = re.compile(r"(?<![\w.:/\\~-])(?:[\w.-]+[/\\])*\.\.[/\\][^\s\"',;]+")
+_ONE_PATH = re.compile(r"(?:file://)?(?:~[\w.-]*|[A-Za-z]:)?[/\\].|(?:[^/\\:]*[/\\])*\.\.[/\\]")
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
 _QUERY = re.compile(r"(\w://[^\s?]*)\?\S*")
 
@@ -112,17 +116,31 @@ python ldm/sample.py --checkpoint path/to/this/folder --prompt "a red heart" --o
 
 
 def without_paths(text: str) -> str:
-    """The text with each absolute path cut to its last component, and URLs without user names, keys and queries."""
+    """The text with paths that are absolute or go upwards cut to their last component; URLs without user and query."""
     text = _QUERY.sub(r"\1", _USER.sub("", text))
-    return _PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+    return _UPWARDS.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[0]), text))
 
 
-def _shown(value: Any) -> Any:
+def without_path(value: str) -> str:
+    """A value that may be one path, with spaces and commas in it: its last component; other values as `without_paths`.
+
+    Relative paths that go upwards count, those that stay below the working directory do not.
+    """
+    return (_last(value) or value) if _ONE_PATH.match(value) else without_paths(value)
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _shown(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
+        return {key: _shown(item, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shown(item) for item in value]
-    return without_paths(value) if isinstance(value, str) else value
+        return [_shown(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    return without_paths(value) if name in TEXTS else without_path(value)
 
 
 def _dump(value: Any) -> str:

@@ -75,6 +75,8 @@ def test_an_unknown_setting_in_the_file_is_an_error_that_names_it(part, name, tm
         ("--noise.beta_schedule=sigmoid", "noise.beta_schedule: found 'sigmoid', expected another"),
         ("--previews.sampler=analytic_dpm", "previews.sampler: found 'analytic_dpm'"),
         ("--empty_caption=zeros", "empty_caption: found zeros, expected encoded for one encoder"),
+        ("--init_from=", "init_from: empty, expected a folder"),
+        ("--autoencoder=", "autoencoder: empty, expected a folder"),
         ("--text_encoder_2.source=a", "text_encoder.layer: found last, expected penultimate_without_norm"),
     ],
 )
@@ -83,6 +85,14 @@ def test_an_impossible_value_ends_with_status_2_and_says_what_is_allowed(word, m
         parse(f"--config={DEBUG}", *word.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_comments_of_the_fine_tuning_config_name_the_settings_that_hold_the_hubs_name():
+    path = ROOT / "configs/finetune_sd15.yaml"
+    (words,) = [line.split("#")[1].split() for line in path.read_text().splitlines() if "--init_from" in line]
+    config = parse(f"--config={path}", *words)
+    assert (config.init_from, config.autoencoder, config.text_encoder.source) == ("sd15",) * 3
+    assert "stable-diffusion-v1-5/" not in to_yaml(config)
 
 
 def test_help_explains_every_setting():

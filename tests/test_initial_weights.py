@@ -16,11 +16,10 @@ from tiny_models import make_clip
 from torch import Tensor
 from training_runs import assert_same_state, metrics, train, weights
 
-from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models.conditioning import Conditioning
 from ldm.models.pretrained import weights_hash
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.initial_weights import load_initial, objective_changes
+from ldm.training.initial_weights import load_initial
 from tools.replay import replay
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -87,25 +86,6 @@ def test_every_layout_of_a_released_network_begins_the_same(tmp_path, layout):
         (tmp_path / "unet" / FILE).unlink()
         source.float()
     torch.testing.assert_close(ours(begun(name)[0], *inputs(4)), theirs(source, *inputs(4)), **tolerance)
-
-
-def test_another_prediction_and_another_schedule_than_the_sources_are_said(tmp_path):
-    from diffusers import DDIMScheduler
-
-    tiny_sources.make_unet(tmp_path / "p/unet")
-    (tmp_path / "p/model_index.json").write_text("{}")
-    DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
-    ).save_pretrained(tmp_path / "p/scheduler")
-    for source in ("p", "p/unet"):
-        assert objective_changes(str(tmp_path / source), "v", ScheduleConfig()) == []
-        assert objective_changes(str(tmp_path / source), "epsilon", ScheduleConfig(beta_end=0.02)) == [
-            "objective: the source predicts v, this run trains it to predict epsilon",
-            "noise.beta_end: 0.012 became 0.02",
-        ]
-    shutil.rmtree(tmp_path / "p/scheduler")
-    for source in ("p", "p/unet", "p/unet/" + FILE, "owner/name"):
-        assert objective_changes(str(tmp_path / source), "epsilon", ScheduleConfig()) == []
 
 
 def test_new_input_channels_change_nothing_whatever_they_hold_and_learn(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from ldm.model_card import CardConfig, model_card, without_paths
+from ldm.model_card import CardConfig, model_card, without_path, without_paths
 
 CONFIG = {
     "run_dir": "/home/someone/runs/tiny",
@@ -122,10 +122,40 @@ def test_the_config_is_one_yaml_block_without_places_of_this_machine() -> None:
         ("D:\\data\\x", "x"),
         ("https://host/a?b=c d", "https://host/a d"),
         ("why? because", "why? because"),
+        ("436 samples in ../../alice/secret/m, 3 damaged", "436 samples in m, 3 damaged"),
+        ("from runs/../../alice/m", "from m"),
+        ("wait../or not", "wait../or not"),
     ],
 )
 def test_absolute_paths_lose_all_but_their_last_component(text, expected) -> None:
     assert without_paths(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/al ice/models/x", "x"),
+        ("/home/al, ice's/models/my x/", "my x"),
+        ("~/al ice/x", "x"),
+        ("file:///home/al ice/x", "x"),
+        ("D:\\al ice\\x", "x"),
+        ("../../alice/secret/m", "m"),
+        ("models/../../al ice/m", "m"),
+        ("..\\al ice\\m", "m"),
+        ("runs/x", "runs/x"),
+        ("owner/model", "owner/model"),
+        ("package:tiny_vae/model", "package:tiny_vae/model"),
+        ("https://me:key@host/a?b=c", "https://host/a"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_a_value_that_is_one_path_is_cut_as_one(value, expected) -> None:
+    assert without_path(value) == expected
+    text = card(config_yaml=yaml.safe_dump({"init_from": value, "previews": {"prompts": ["/imagine red / blue"]}}))
+    shown = yaml.safe_load(section(text, "Config").strip().strip("`").removeprefix("yaml"))
+    assert shown["init_from"] == expected
+    assert shown["previews"]["prompts"] == ["imagine red / blue"]  # text, not one path
 
 
 def test_the_same_run_gives_the_same_bytes() -> None:

@@ -209,6 +209,18 @@ def test_frozen_parts_of_both_encoders_are_linked_from_an_earlier_checkpoint(pla
     assert first.stat().st_ino == last.stat().st_ino
 
 
+def test_going_on_from_a_network_that_knows_zeros_with_an_encoded_empty_caption_is_said(
+    place, undisturbed, tmp_path, capfd
+):
+    words = (f"--init_from={undisturbed}", "--training.steps=1")
+    for empty_caption, said in (("zeros", False), ("encoded", True)):
+        run = tmp_path / empty_caption
+        train(run, "", *words, f"--empty_caption={empty_caption}", config=place / "config.yaml")
+        warning = "warning: empty_caption: the source was trained with zeros"
+        assert (warning in capfd.readouterr().err) is said
+        assert (warning in (run / "checkpoints/latest/README.md").read_text()) is said
+
+
 def test_a_step_is_computed_again_by_replay(undisturbed):
     anew()
     assert list(replay(undisturbed, 6, None, None))[-1]["loss"] == metrics(undisturbed)[5]["loss"]

@@ -22,6 +22,9 @@ from ldm.data.storage import is_url
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
 from ldm.training.distributed import start_accelerator
+from ldm.training.fit import loading
+from ldm.training.own_checkpoints import checked_source
+from ldm.training.run import checked_text_configs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if Path(raw).resolve() == Path(out).resolve():
             raise SystemExit(f"raw and encoded shards have the same folder {raw}: set data.shards to another")
     accelerator = start_accelerator(config.distributed, "no")
-    autoencoder = AutoencoderKL.from_pretrained(config.autoencoder).eval().to(accelerator.device)
-    text_encoder = TextConditioner.load(
-        [config.text_encoder, config.text_encoder_2], accelerator.device, config.empty_caption
-    )
+    with loading("autoencoder"):
+        autoencoder = AutoencoderKL.from_pretrained(checked_source(config.autoencoder, "vae")).eval()
+    text_encoder = TextConditioner.load(list(checked_text_configs(config)), accelerator.device, config.empty_caption)
+    autoencoder.to(accelerator.device)
     for raw, out in pairs:
         encode_folder(Path(raw), Path(out), config, accelerator, autoencoder, text_encoder)
     accelerator.end_training()

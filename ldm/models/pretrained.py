@@ -114,6 +114,9 @@ def _download_component(repository: str, within: str, component: str) -> Path:
         folders.append(component.replace("text_encoder", "tokenizer"))
     # model_index.json tells a pipeline that lacks the component from a model by itself.
     own = [f"{within}{INDEX_NAME}", *(f"{within}{folder}/{pattern}" for folder in folders for pattern in _HUB_FILES)]
+    if component == "scheduler":
+        # What the network was trained on: noise of the schedule, in latents of the autoencoder's scale.
+        own.append(f"{within}vae/{CONFIG_NAME}")
     root = _download_once(repository, within + component, own, [])
     if (root / within / component).is_dir() or (root / within / INDEX_NAME).is_file():
         return root
@@ -226,14 +229,30 @@ def read_config(path: Path, *, class_name: str) -> dict[str, Any]:
             )
         path = path / CONFIG_NAME
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{class_name}: {path} is not JSON ({error}); fetch or copy it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{class_name}: {path} holds a {type(values).__name__}, expected an object")
+        raise ValueError(f"{class_name}: {error}") from None
     found = values.get("_class_name", class_name)
     if found != class_name:
         raise ValueError(f"{path}: _class_name is {found!r}, expected {class_name!r}: this is another model")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or no object; names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: there is no {path.name} here")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
 
 

@@ -12,6 +12,7 @@ from ldm.data.encoding import encoder_identity, identity_problems
 from ldm.data.manifest import Manifest
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
+from ldm.training.checkpoint import CheckpointError
 
 
 @contextmanager
@@ -20,9 +21,11 @@ def loading(setting: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{setting}: {error}") from error
+        raise FileNotFoundError(f"{setting}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{setting}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error
+        raise ValueError(f"{setting}: {error}") from None
 
 
 def check_parts(

@@ -8,22 +8,30 @@ cross-attention. Anything else that differs is another network, and refused.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import ScheduleConfig
-from ldm.model_card import without_paths
-from ldm.models.pretrained import load_weights, resolve_source, weights_hash
+from ldm.model_card import without_path
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.pretrained import CONFIG_NAME, INDEX_NAME, load_weights, read_json, resolve_source, weights_hash
+from ldm.models.single_file import SingleFile
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.weight_files import Weights
-from ldm.pipeline_folder import read_scheduler
+from ldm.pipeline_folder import SCHEDULER, read_scheduler
 from ldm.training.fit import loading
+from ldm.training.own_checkpoints import own_checkpoint
 
 MAY_DIFFER = ("in_channels", "out_channels", "cross_attention_dim", "sample_size", "upcast_attention")
 """Fields of UNetConfig in which the run's network may differ from the source's; the last two change no weights."""
 PER_LEVEL = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim")
+ZEROS = "force_zeros_for_empty_prompt"
+"""Of model_index.json: whether an empty negative prompt stands for zeros."""
 CONTEXT_PROJECTIONS = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
@@ -59,7 +67,8 @@ def load_initial(unet: UNet, source: str, say: Callable[[str], None]) -> str:
     width stay as `unet` has them: drawn from the run's seed.
 
     Args:
-        source: a UNet's or a pipeline's folder, single file or hub name (see `resolve_source`).
+        source: a UNet's or a pipeline's folder, single file or hub name (see `resolve_source`); of this program's
+            checkpoints as `checked_source` gives it.
 
     Raises:
         FileNotFoundError, ValueError: no UNet there, one of another architecture, or weights that do not fit its config
@@ -73,7 +82,7 @@ def load_initial(unet: UNet, source: str, say: Callable[[str], None]) -> str:
     changes = list(_changes(found, unet.config, sum(name.endswith(CONTEXT_PROJECTIONS) for name in fitted.ends)))
     # In float32 and before changes: what `weights_hash(UNet.from_pretrained(source).state_dict().items())` gives.
     digest = weights_hash((unet.state_dict() | fitted.originals).items())
-    record = "; ".join([f"{without_paths(source)}, xxh3 {digest}", *changes])
+    record = "; ".join([f"{without_path(source)}, xxh3 {digest}", *changes])
     say(f"initial weights from {source}, xxh3 {digest}")
     for change in changes:
         say(f"  {change}")
@@ -98,25 +107,133 @@ def check_same_network(found: UNetConfig, expected: UNetConfig) -> None:
         )
 
 
-def objective_changes(source: str, parameterization: str, noise: ScheduleConfig) -> list[str]:
-    """In what the run's objective and noise differ from those that the source was trained with, a sentence each.
+def objective_changes(
+    source: str,
+    parameterization: str,
+    noise: ScheduleConfig,
+    empty_caption: str | None,
+    autoencoder: AutoencoderConfig,
+) -> list[str]:
+    """In what the run differs from what the source was trained with besides the network, a sentence each.
 
-    Allowed, and to be said: at its first steps the network puts out what it was trained to put out. Only a pipeline's
-    folder (or the unet/ in one) tells, and only with a scheduler of this kind.
+    Allowed, and to be said: at its first steps the network puts out what it was trained to put out, for latents and
+    empty captions as they were. A pipeline's folder (or the unet/ in one) tells what its files say, a single file what
+    its family and its marks do, a UNet's folder by itself nothing.
+
+    Args:
+        empty_caption: the run's, where it has two text encoders; None where it has one.
     """
     try:
-        folder = resolve_source(source, "scheduler")
-        schedule, predicted = read_scheduler(folder.parent if folder.name in ("scheduler", "unet") else folder)
-    except (OSError, ValueError):
+        path = resolve_source(source, "scheduler")
+    except FileNotFoundError:  # a pipeline without one, or a hub that cannot be asked again
+        path = Path(source).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if folder.name in ("scheduler", "unet") and (path.is_dir() or (folder.parent / SCHEDULER).is_file()):
+        folder = folder.parent
+    elif path.is_file():
+        found = _told_by_file(path, parameterization, noise, empty_caption, autoencoder)
+        return [f"warning: {one}" for one in found]
+    elif not path.is_dir():
         return []
-    changes = []
+    found = chain(
+        _scheduler_changes(folder, parameterization, noise),
+        _empty_caption_changes(folder, empty_caption),
+        _latent_changes(folder, autoencoder),
+    )
+    return [f"warning: {one}" for one in found]
+
+
+def _scheduler_changes(folder: Path, parameterization: str, noise: ScheduleConfig) -> Iterator[str]:
+    try:
+        schedule, predicted = read_scheduler(folder)
+    except OSError:
+        return
+    except ValueError as error:
+        yield f"objective, noise: the source's could not be compared with this run's: {error}"
+        return
     if predicted != parameterization:
-        changes.append(f"objective: the source predicts {predicted}, this run trains it to predict {parameterization}")
+        yield f"objective: the source predicts {predicted}, this run trains it to predict {parameterization}"
+    yield from _noise_changes(schedule.config, noise)
+
+
+def _noise_changes(found: ScheduleConfig, noise: ScheduleConfig) -> Iterator[str]:
     for one in dataclasses.fields(ScheduleConfig):
-        a, b = getattr(schedule.config, one.name), getattr(noise, one.name)
+        a, b = getattr(found, one.name), getattr(noise, one.name)
         if a != b:
-            changes.append(f"noise.{one.name}: {a} became {b}")
-    return changes
+            yield f"noise.{one.name}: {a} became {b}"
+
+
+def _empty_caption_changes(folder: Path, empty_caption: str | None) -> Iterator[str]:
+    try:
+        values = read_json(folder / INDEX_NAME)
+    except OSError:
+        return
+    except ValueError as error:
+        yield f"empty_caption: the source's could not be compared with this run's: {error}"
+        return
+    if "XL" in str(values.get("_class_name")):
+        # diffusers' default, for files that do not say.
+        yield from _caption_change("zeros" if values.get(ZEROS, True) else "encoded", empty_caption)
+
+
+def _caption_change(found: str, empty_caption: str | None) -> Iterator[str]:
+    if empty_caption not in (None, found):
+        yield (
+            f"empty_caption: the source was trained with {found} ({ZEROS}), this run has {empty_caption}; "
+            f"to go on as it was trained, set empty_caption to {found}"
+        )
+
+
+def _latent_changes(folder: Path, autoencoder: AutoencoderConfig) -> Iterator[str]:
+    try:
+        values = read_json(folder / "vae" / CONFIG_NAME)
+    except OSError:
+        return
+    except ValueError as error:
+        yield f"autoencoder: the source's could not be compared with this run's: {error}"
+        return
+    # A checkpoint of this program has the shift inside the autoencoder's convolutions; its config tells of none.
+    inside = own_checkpoint(folder) is not None and not values.get("shift_factor")
+    yield from _factor_changes(values | ({"shift_factor": autoencoder.shift_factor} if inside else {}), autoencoder)
+
+
+def _factor_changes(values: Mapping[str, Any], autoencoder: AutoencoderConfig) -> Iterator[str]:
+    scale, shift = values.get("scaling_factor", AutoencoderConfig.scaling_factor), values.get("shift_factor") or 0
+    for name, a, b in (("scaling", scale, autoencoder.scaling_factor), ("shift", shift, autoencoder.shift_factor or 0)):
+        if a != b:
+            yield (
+                f"autoencoder: the source was trained on latents of {name}_factor {a}, those of this run have {b}; "
+                "take the source's own autoencoder unless this is meant"
+            )
+
+
+def _told_by_file(
+    path: Path, parameterization: str, noise: ScheduleConfig, empty_caption: str | None, autoencoder: AutoencoderConfig
+) -> Iterator[str]:
+    single = SingleFile(path, str(path))
+    marked, values = "v_pred" in single.shapes, single.values("unet")
+    if values.get("use_linear_projection") and not values.get("addition_embed_type") and not marked:
+        yield (
+            "objective: the source is a single file like those of SD 2.x, which does not tell what its network "
+            f"predicts (v in the models of 768 pixels, epsilon in the others); this run trains it to predict "
+            f"{parameterization}"
+        )
+    elif (predicted := "v" if marked else "epsilon") != parameterization:
+        mark = "its file carries the mark v_pred" if marked else "its file carries no mark v_pred"
+        yield f"objective: the source predicts {predicted} ({mark}), this run trains it to predict {parameterization}"
+    family = single.family()
+    # Whole checkpoints of all families were trained with the default noise; a UNet by itself may be any.
+    usual = noise if family is None else ScheduleConfig()
+    yield from _noise_changes(dataclasses.replace(usual, rescale_betas_zero_snr="ztsnr" in single.shapes), noise)
+    if family == "sdxl":
+        yield from _caption_change("zeros", empty_caption)
+    if "vae" in single.contents.parts:
+        try:
+            own = single.values("vae")
+        except ValueError as error:
+            yield f"autoencoder: the source's could not be compared with this run's: {error}"
+            return
+        yield from _factor_changes(own, autoencoder)
 
 
 def _ends(found: UNetConfig, own: dict[str, Tensor], expected: UNetConfig) -> dict[str, tuple[int, ...]]:

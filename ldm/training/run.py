@@ -4,8 +4,8 @@ Enters: a RunConfig and the processes that run. Leaves: a Run, which run_state.p
 `ldm/train.py` steps.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ldm.data.quarantine import Ledger
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
+from ldm.models.text_encoder import TextEncoderConfig
+from ldm.models.text_loading import FOLDERS
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.training.bad_numbers import LOG, BadSteps
@@ -27,6 +29,7 @@ from ldm.training.ema import EMA
 from ldm.training.fit import check_parts, loading
 from ldm.training.metrics import LossWindow, MetricsWriter
 from ldm.training.optimizer import make_optimizer
+from ldm.training.own_checkpoints import checked_source
 from ldm.training.run_data import RunData, Share
 from ldm.training.wrapping import settle_buckets, wrap_network
 
@@ -73,12 +76,30 @@ class Run:
         )
 
 
+def checked_text_configs(config: RunConfig) -> Iterator[TextEncoderConfig | None]:
+    """The settings of both text encoders, with sources that may be loaded from; raises as `checked_source`."""
+    names = ("text_encoder", "text_encoder_2")
+    for name, one, folders in zip(names, (config.text_encoder, config.text_encoder_2), FOLDERS, strict=True):
+        if one is None:
+            yield None
+            continue
+        with loading(f"{name}.source"):
+            source = checked_source(one.source, *folders)
+        with loading(f"{name}.tokenizer"):
+            tokenizer = one.tokenizer and checked_source(one.tokenizer, folders[1])
+        yield replace(one, source=source, tokenizer=tokenizer)
+
+
 def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, say: Callable[[str], None]) -> Run:
-    """Loads and builds all parts; raises ValueError naming the settings that do not fit each other."""
+    """Loads and builds all parts; raises ValueError naming the settings that do not fit each other.
+
+    Of this program's checkpoints the files of what is loaded are verified first (CheckpointError).
+    """
     device, run_dir = accelerator.device, Path(config.run_dir)
     with loading("autoencoder"):
-        autoencoder = AutoencoderKL.from_pretrained(config.autoencoder).requires_grad_(False).eval()
-    text_encoder = TextConditioner.load([config.text_encoder, config.text_encoder_2], device, config.empty_caption)
+        autoencoder = AutoencoderKL.from_pretrained(checked_source(config.autoencoder, "vae"))
+    autoencoder.requires_grad_(False).eval()
+    text_encoder = TextConditioner.load(list(checked_text_configs(config)), device, config.empty_caption)
     data = RunData.open(config.data, validating=config.validation.every > 0)
     for line in data.lines():
         say(line)

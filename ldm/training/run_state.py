@@ -15,9 +15,11 @@ from ldm.config import differences, load_config, to_dict, to_yaml
 from ldm.pipeline import save_pipeline
 from ldm.pipeline_folder import FROZEN
 from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, point_latest
+from ldm.training.fit import loading
 from ldm.training.initial_weights import load_initial, objective_changes
 from ldm.training.metrics import forget_after
 from ldm.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from ldm.training.own_checkpoints import INDEX, checked_source
 from ldm.training.run import Run
 from ldm.training.run_card import card_of
 
@@ -54,13 +56,22 @@ def begin(run: Run, say: Callable[[str], None]) -> None:
     """The weights that the run begins with: random ones as they are, or those of `init_from`. Collective.
 
     Raises:
+        CheckpointError: the source is a checkpoint of this program that is incomplete or altered; names the file.
         FileNotFoundError, ValueError: as `load_initial`, or the source is not the same for all processes.
     """
-    source = run.config.init_from
-    if source is None:
+    config = run.config
+    if config.init_from is None:
         return
+    with loading("init_from"):
+        source = checked_source(config.init_from, "unet", "scheduler", INDEX)
     record = load_initial(run.pipeline.unet, source, say)
-    changes = objective_changes(source, run.config.objective.parameterization, run.config.noise)
+    changes = objective_changes(
+        source,
+        config.objective.parameterization,
+        config.noise,
+        None if config.text_encoder_2 is None else config.empty_caption,
+        run.pipeline.autoencoder.config,
+    )
     for change in changes:
         say(f"  {change}")
     run.initialized_from = "; ".join([record, *changes])
