@@ -162,10 +162,9 @@ def test_shards_of_one_encoder_do_not_fit_a_pair_nor_the_reverse(sources: Path, 
     one, two = (Parts(make_autoencoder(), text) for text in (one_encoder(sources), pair(sources)))
     found = problems(shards_of(tmp_path / "one", one), two)
     assert any("text_encoder.weights" in line for line in found)
-    second = two.text_encoder.identity()["text_encoder_2"]
-    assert f"encoded with text_encoder_2 None, but this run has {second}" in found[-1]
+    assert found[-1].endswith("encoded with text_encoder_2 None, but this run has CLIPTextModelWithProjection")
     found = problems(shards_of(tmp_path / "two", two), one)
-    assert f"encoded with text_encoder_2 {second}, but this run has None" in found[-1]
+    assert found[-1].endswith("encoded with text_encoder_2 CLIPTextModelWithProjection, but this run has None")
 
 
 def test_what_stands_for_no_caption_and_how_values_are_stored_do_not_matter(sources: Path, tmp_path: Path) -> None:
