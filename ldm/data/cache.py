@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PART = ".part"  # a file that is being downloaded; whoever does holds its lock
 CHUNK = 1 << 20
 POLL = 0.1  # seconds between looks whether other processes' downloads have ended
+AHEAD_TRIES = 3
 THREADS = 2  # downloads ahead at a time in each process; a node has many processes
 
 
@@ -191,9 +192,13 @@ class ShardCache:
         self._ahead = None
 
     def _fetch_ahead(self, wanted: _File) -> None:
-        descriptor = self._try_to_obtain(wanted, wait=False)
-        if descriptor is not None:
-            release(descriptor)
+        # Again, because eviction looks at temporary files too: for an instant its lock is like another process's.
+        for _ in range(AHEAD_TRIES):
+            descriptor = self._try_to_obtain(wanted, wait=False)
+            if descriptor is not None:
+                release(descriptor)
+                return
+            time.sleep(POLL)
 
     @property
     def _store(self) -> Path:
