@@ -20,7 +20,7 @@ from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.model_card import CardConfig
 from ldm.models.text_conditioner import check_text_configs
 from ldm.models.text_encoder import TextEncoderConfig
-from ldm.models.unet import UNetConfig
+from ldm.models.unet_config import UNetConfig
 from ldm.training.distributed import DistributedConfig
 from ldm.training.ema import EMAConfig
 from ldm.training.metrics import MetricsConfig

@@ -17,20 +17,23 @@ from torch import Tensor
 from ldm.data.draws import Purpose, normal
 from ldm.diffusion.denoiser import denoiser
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.objective import TargetName
-from ldm.diffusion.samplers import OF_NOISE_ALONE, SAMPLERS, Noise, Progress, start
+from ldm.diffusion.objective_config import TargetName
+from ldm.diffusion.sampler_contract import Noise, Progress, start
+from ldm.diffusion.samplers import OF_NOISE_ALONE, SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.spacing import sigmas
 from ldm.models.autoencoder import AutoencoderKL, unscale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.pretrained import build_from_weights, save_component
 from ldm.models.text_conditioner import TextConditioner
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.models.whitening import without_shift
 from ldm.pipeline_fit import check_draws_from_text, fit_problems, inpaints
 from ldm.pipeline_folder import (
     CARD,
     FROZEN,
+    SCHEDULER,
     check_files,
     link_folder,
     read_scheduler,
@@ -113,7 +116,7 @@ def load_pipeline(
     """
     folder = Path(folder)
     check_files(folder)
-    schedule, parameterization = read_scheduler(folder)
+    schedule, parameterization = read_scheduler(folder / SCHEDULER)
     unet_config, weights = UNet.open(folder / "unet")
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
     if check is not None:

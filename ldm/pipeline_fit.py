@@ -6,7 +6,7 @@ each field that does not fit, with its file; or the reason why a network cannot 
 
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text_conditioner import TextConditioner
-from ldm.models.unet import UNetConfig
+from ldm.models.unet_config import UNetConfig
 
 UNET = "unet/config.json"
 

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm.diffusion.objective import TargetName
+from ldm.diffusion.objective_config import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.models.pretrained import INDEX_NAME, read_json
 from ldm.models.text_conditioner import TextConditioner
-from ldm.models.text_loading import FOLDERS, read_json
+from ldm.models.text_loading import FOLDERS
 
 # Number of text encoders of each class of pipeline that is opened here: with and without inpainting.
 PIPELINE_CLASSES = {
@@ -24,7 +25,6 @@ PIPELINE_CLASSES = {
     "StableDiffusionXLPipeline": 2,
     "StableDiffusionXLInpaintPipeline": 2,
 }
-INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 PREDICTION_TYPES: dict[TargetName, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
@@ -34,7 +34,7 @@ LAYOUT = "0.24.0"
 
 # Files of a pipeline folder; any one of the names in a row will do. The first is the one that is written here.
 FILES: tuple[tuple[str, ...], ...] = (
-    (INDEX,),
+    (INDEX_NAME,),
     ("unet/config.json",),
     ("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"),
     ("vae/config.json",),
@@ -58,9 +58,9 @@ FROZEN = ("vae", *(name for pair in FOLDERS for name in pair))
 def check_files(folder: Path) -> None:
     """Raises FileNotFoundError that names every file which the folder lacks, and ValueError as `read_index`."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline folder with {INDEX}")
+        raise FileNotFoundError(f"{folder}: there is no such folder; expected a pipeline folder with {INDEX_NAME}")
     files = FILES
-    if (folder / INDEX).is_file() and count_text_encoders(folder) == 2:
+    if (folder / INDEX_NAME).is_file() and count_text_encoders(folder) == 2:
         files += FILES_OF_PAIR
     missing = [names[0] for names in files if not any(any(folder.glob(name)) for name in names)]
     if missing:
@@ -98,8 +98,8 @@ def write_scheduler(folder: Path, schedule: Schedule, parameterization: TargetNa
     _write_json(folder / SCHEDULER, values)
 
 
-def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
-    """Schedule and parameterization of the folder's scheduler_config.json, whatever sampler it names.
+def read_scheduler(path: Path) -> tuple[Schedule, TargetName]:
+    """Schedule and parameterization of a scheduler's file, scheduler_config.json, whatever sampler it names.
 
     Settings of that sampler are not read: sampler, steps and spacing are the caller's. With timestep_spacing leading
     and steps_offset 1, as Stable Diffusion is shipped, DDIM's and Euler's levels are those of the spacing `leading_1`,
@@ -107,9 +107,9 @@ def read_scheduler(folder: Path) -> tuple[Schedule, TargetName]:
     stops at the noise of the first timestep, here at none), and DDIM with linspace, which steps to t - T // S.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a field is missing or has a value that is not supported; names it.
     """
-    path = folder / SCHEDULER
     values = read_json(path)
     needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     if missing := [name for name in needed if name not in values]:
@@ -154,7 +154,7 @@ def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool
         values[model] = ["transformers", type(encoder.model).__name__]
         values[tokenizer] = ["transformers", type(encoder.tokenizer).__name__]
     values |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    _write_json(folder / INDEX, values)
+    _write_json(folder / INDEX_NAME, values)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -164,13 +164,15 @@ def read_index(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none in the folder.
         ValueError: it is not that of a pipeline that is opened here.
     """
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds no pipeline: expected {INDEX} in it, beside the folders of its parts")
-    values = read_json(folder / INDEX)
+    if not (folder / INDEX_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline: expected {INDEX_NAME} in it, beside the folders of its parts"
+        )
+    values = read_json(folder / INDEX_NAME)
     kind = values.get("_class_name")
     if kind not in PIPELINE_CLASSES:
         raise ValueError(
-            f"{folder / INDEX}: _class_name is {kind!r}, expected one of {', '.join(map(repr, PIPELINE_CLASSES))}"
+            f"{folder / INDEX_NAME}: _class_name is {kind!r}, expected one of {', '.join(map(repr, PIPELINE_CLASSES))}"
         )
     return values
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ldm.diffusion.samplers import OF_NOISE_ALONE, Progress
+from ldm.diffusion.sampler_contract import Progress
+from ldm.diffusion.samplers import OF_NOISE_ALONE
 from ldm.diffusion.spacing import SPACINGS
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import DTYPES

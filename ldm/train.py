@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ldm.config import RunConfig, parse_config, to_yaml
 from ldm.data.batch import Batch
-from ldm.diffusion.objective import Network, loss_per_sample, timesteps
+from ldm.diffusion.objective import Network, loss_per_sample
+from ldm.diffusion.timesteps import timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.durable import write_text

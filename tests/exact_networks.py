@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, denoiser
 from ldm.diffusion.guidance import unguided
-from ldm.diffusion.samplers import Noise
+from ldm.diffusion.sampler_contract import Noise
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.conditioning import Conditioning
 

@@ -13,7 +13,8 @@ from test_single_file import same_weights, save
 from tiny_checkpoints import checkpoint, clip, make_unet, make_vae
 
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 MODELS: dict[str, type[UNet] | type[AutoencoderKL]] = {"unet": UNet, "vae": AutoencoderKL}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

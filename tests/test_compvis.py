@@ -24,7 +24,7 @@ from ldm.models import compvis
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.compvis_text import clip_entries, openclip_entries
 from ldm.models.single_file import text_entries
-from ldm.models.unet import UNetConfig
+from ldm.models.unet_config import UNetConfig
 
 ODD_UNETS: dict[str, dict[str, Any]] = {
     "attention outside only": {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser, denoiser
 from ldm.diffusion.guidance import guided, in_interval, unguided
-from ldm.diffusion.schedule import TERMINAL_SIGMA, Schedule, ScheduleConfig
+from ldm.diffusion.process import TERMINAL_SIGMA
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.conditioning import Conditioning
 
 SCHEDULE = Schedule(ScheduleConfig())

@@ -18,7 +18,8 @@ from training_runs import assert_same_state, metrics, train, weights
 
 from ldm.models.conditioning import Conditioning
 from ldm.models.pretrained import weights_hash
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.training.initial_weights import load_initial
 from tools.replay import replay
 

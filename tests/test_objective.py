@@ -12,20 +12,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from ldm.diffusion.objective import (
-    DISTANCES,
-    TARGETS,
-    TIMESTEP_SAMPLING,
-    WEIGHTS,
-    ObjectiveConfig,
-    add_noise,
-    coefficients,
-    convert,
-    loss_per_sample,
-    timesteps,
-    weight,
-)
+from ldm.diffusion.objective import DISTANCES, add_noise, coefficients, loss_per_sample
+from ldm.diffusion.objective_config import ObjectiveConfig
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.diffusion.targets import TARGETS, convert
+from ldm.diffusion.timesteps import TIMESTEP_SAMPLING, timesteps
+from ldm.diffusion.weights import WEIGHTS, weight
 from ldm.models.conditioning import Conditioning
 
 NAMES = ["epsilon", "v", "x0"]

@@ -160,3 +160,11 @@ def test_a_single_file_of_sd2_does_not_tell_what_it_predicts(tmp_path, predicted
     (sentence,) = changes(single(tmp_path, "sd2"), predicted)
     assert "single file like those of SD 2.x, which does not tell what its network predicts" in sentence
     assert f"this run trains it to predict {predicted}" in sentence
+
+
+def test_a_scheduler_beside_a_single_file_tells_what_it_predicts_and_its_noise(tmp_path):
+    file = single(tmp_path, "sd2")
+    written = pipeline(tmp_path / "p", prediction_type="v_prediction", beta_end=0.02) / "scheduler/scheduler_config.json"
+    written.rename(Path(file).with_suffix(".scheduler.json"))
+    assert changes(file, "v") == ["noise.beta_end: 0.02 became 0.012"]
+    assert changes(file, "epsilon")[0] == "objective: the source predicts v, this run trains it to predict epsilon"

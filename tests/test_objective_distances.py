@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
-from ldm.diffusion.objective import DISTANCES, ObjectiveConfig, check_objective, loss_per_sample, with_offset
+from ldm.diffusion.objective import DISTANCES, loss_per_sample, with_offset
+from ldm.diffusion.objective_config import ObjectiveConfig, check_objective
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.conditioning import Conditioning
 

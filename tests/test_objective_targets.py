@@ -11,11 +11,12 @@ from exact_mixtures import Coefficients, Mixture, gaussian, mixture
 from torch import Tensor
 
 from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
-from ldm.diffusion.objective import TARGETS, WEIGHTS, ObjectiveConfig, convert, determinant, loss_per_sample, weight
-from ldm.diffusion.objective_config import check_objective
+from ldm.diffusion.objective import loss_per_sample
+from ldm.diffusion.objective_config import ObjectiveConfig, check_objective
 from ldm.diffusion.process import ForwardProcess
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.diffusion.targets import network_input
+from ldm.diffusion.targets import TARGETS, convert, determinant, network_input
+from ldm.diffusion.weights import WEIGHTS, weight
 from ldm.models.conditioning import Conditioning
 
 SIGMA_DATA = 0.7

@@ -10,9 +10,9 @@ import torch
 from ldm.data.draws import Purpose, uniforms
 from ldm.data.positions import Positions
 from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
-from ldm.diffusion.objective import ObjectiveConfig, timesteps
+from ldm.diffusion.objective_config import ObjectiveConfig
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.diffusion.timesteps import stratified
+from ldm.diffusion.timesteps import stratified, timesteps
 
 SCHEDULE = Schedule(ScheduleConfig())
 BATCHES = [1, 2, 3, 4, 7, 8, 12, 30, 32, 97, 256, 1000, 2048]

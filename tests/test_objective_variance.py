@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
-from ldm.diffusion.objective import ObjectiveConfig, loss_per_sample
+from ldm.diffusion.objective import loss_per_sample
+from ldm.diffusion.objective_config import ObjectiveConfig
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.diffusion.variance import halves, learned_log_variance, log_variance_bounds, step_bounds, step_nats
 from ldm.models.conditioning import Conditioning

@@ -28,8 +28,9 @@ from ldm.diffusion.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ldm.diffusion.guidance import unguided
 from ldm.diffusion.langevin import annealed_langevin, predictor_corrector
 from ldm.diffusion.ode_solvers import euler, heun
-from ldm.diffusion.samplers import SAMPLERS, Sampler, start
-from ldm.diffusion.schedule import TERMINAL_SIGMA
+from ldm.diffusion.process import TERMINAL_SIGMA
+from ldm.diffusion.sampler_contract import Sampler, start
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import sigmas
 from ldm.diffusion.unipc import unipc
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from ldm.diffusion.ancestral import ddim, ddpm, euler_ancestral
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.dpm_solver import dpm_solver_2, dpmpp_2m, dpmpp_2m_sde
-from ldm.diffusion.samplers import SAMPLERS, Noise, start
+from ldm.diffusion.sampler_contract import Noise, start
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import sigmas
 from ldm.diffusion.unipc import unipc
 

@@ -18,7 +18,7 @@ from ldm.diffusion.ancestral import analytic_dpm, ddim, ddpm, euler_ancestral, p
 from ldm.diffusion.dpm_solver import dpmpp_2m_sde
 from ldm.diffusion.langevin import annealed_langevin, predictor_corrector
 from ldm.diffusion.ode_solvers import heun
-from ldm.diffusion.samplers import Sampler, start
+from ldm.diffusion.sampler_contract import Sampler, start
 from ldm.diffusion.spacing import sigmas
 
 # --- Distributions

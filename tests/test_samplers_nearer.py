@@ -37,7 +37,8 @@ from torch import Tensor
 from ldm.diffusion.ancestral import ddpm
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.dpm_solver import dpm_solver_3, dpmpp_3m
-from ldm.diffusion.samplers import SAMPLERS, start
+from ldm.diffusion.sampler_contract import start
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import sigmas
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

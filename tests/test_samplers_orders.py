@@ -25,7 +25,8 @@ from ldm.diffusion.adaptive import ERROR as ERROR_WEIGHTS
 from ldm.diffusion.adaptive import NODES, STAGES, integrate, ode_adaptive
 from ldm.diffusion.ancestral import ddim, ddim_inversion
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.samplers import SAMPLERS, Sampler, start
+from ldm.diffusion.sampler_contract import Sampler, start
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import sigmas
 from ldm.diffusion.unipc import unipc
 

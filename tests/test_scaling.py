@@ -22,7 +22,7 @@ from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.quarantine import Ledger
 from ldm.data.shards import write_shards
-from ldm.diffusion.objective import ObjectiveConfig
+from ldm.diffusion.objective_config import ObjectiveConfig
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline, decode_latents, generate

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from ldm.diffusion.schedule import BETA_SCHEDULES, TERMINAL_SIGMA, Schedule, ScheduleConfig
+from ldm.diffusion.process import TERMINAL_SIGMA
+from ldm.diffusion.schedule import BETA_SCHEDULES, Schedule, ScheduleConfig
 from ldm.diffusion.spacing import sigmas
 
 NAMES = [*BETA_SCHEDULES]

@@ -31,7 +31,8 @@ from torch import Tensor
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.inferred_config import unet_values, vae_values
 from ldm.models.single_file import text_encoder_weights
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 
 @pytest.fixture(scope="module")

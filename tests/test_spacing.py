@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
-from ldm.diffusion.schedule import TERMINAL_SIGMA, Schedule, ScheduleConfig
+from ldm.diffusion.process import TERMINAL_SIGMA
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.diffusion.spacing import given_levels, sigmas
 
 SCHEDULE = Schedule(ScheduleConfig())

@@ -22,7 +22,7 @@ from ldm.data.dataset import DataConfig
 from ldm.data.loader import make_loader
 from ldm.data.manifest import Manifest
 from ldm.data.positions import Positions
-from ldm.diffusion.objective import ObjectiveConfig
+from ldm.diffusion.objective_config import ObjectiveConfig
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_conditioner import TextConditioner

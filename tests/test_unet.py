@@ -18,8 +18,8 @@ from ldm.models import attention as attention_module
 from ldm.models.attention import BACKENDS
 from ldm.models.blocks import Attention, embed_numbers
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import UNet, UNetConfig
-from ldm.models.unet_config import FIXED
+from ldm.models.unet import UNet
+from ldm.models.unet_config import FIXED, UNetConfig
 
 
 def test_defaults_and_fixed_settings_are_the_defaults_of_diffusers() -> None:

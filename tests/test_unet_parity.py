@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_pairs import PARITY_LIMIT, call_diffusers, deviation, random_inputs, small_pair
 
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 PARITY_CONFIGS = int(os.environ.get("LDM_PARITY_CONFIGS", "12"))
 PARITY_SEED = int(os.environ.get("LDM_PARITY_SEED", "0"))

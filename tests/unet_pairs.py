@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 PARITY_LIMIT = 1e-5
 SMALL = {

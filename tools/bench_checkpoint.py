@@ -25,7 +25,8 @@ from torch import Tensor
 from ldm.models.conditioning import Conditioning
 from ldm.models.durable import write_text
 from ldm.models.pretrained import save_component
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.training.checkpoint import TrainingState, load_training_state
 from ldm.training.checkpoint_writer import CheckpointWriter
 from ldm.training.ema import EMA, EMAConfig

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import denoiser
 from ldm.diffusion.guidance import unguided
-from ldm.diffusion.samplers import SAMPLERS, Noise, start
+from ldm.diffusion.sampler_contract import Noise, start
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.diffusion.spacing import sigmas
 from ldm.models.conditioning import Conditioning

@@ -59,7 +59,8 @@ def train(words: Sequence[str]) -> int:
     from torch.utils.data import DataLoader, TensorDataset
 
     from ldm.models.conditioning import Conditioning
-    from ldm.models.unet import UNet, UNetConfig
+    from ldm.models.unet import UNet
+    from ldm.models.unet_config import UNetConfig
 
     project = ProjectConfiguration("run", automatic_checkpoint_naming=True, total_limit=2)
     loading = DataLoaderConfiguration(use_seedable_sampler=True)

@@ -27,7 +27,8 @@ from ldm.models.pretrained import CONFIG_NAME, INDEX_NAME, misfits, read_config,
 from ldm.models.single_file import CLASS_NAMES, CONFIGS, OPENCLIP_1, SDXL_2, SingleFile, text_encoder_weights
 from ldm.models.tensor_stream import Pending, write_stream
 from ldm.models.text_loading import OPENCLIP_PADDING, load_tokenizer
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.models.weight_files import PICKLES, WEIGHTS_NAME, Weights, listing
 
 # Packages of training programs and of numbers, whose names stand in checkpoints beside the tensors. Their classes are

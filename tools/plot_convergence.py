@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ldm.diffusion.adaptive import integrate, ode_adaptive
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.samplers import SAMPLERS, Sampler
+from ldm.diffusion.sampler_contract import Sampler
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.unipc import unipc
 from ldm.grid import save_png
 

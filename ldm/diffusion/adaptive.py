@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.process import TERMINAL_SIGMA
 from ldm.diffusion.sampler_contract import Noise, Progress, evaluate, levels_of
-from ldm.diffusion.schedule import TERMINAL_SIGMA
 
 # RK5(4)7M of Dormand & Prince 1980, Table 2: nodes, stages (the last are the weights of order 5), and these weights
 # minus those of order 4

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.objective import TARGETS, Network, check_parameterization
-from ldm.diffusion.objective_config import SIGMA_DATA, check_path
+from ldm.diffusion.objective import Network
+from ldm.diffusion.objective_config import SIGMA_DATA, check_parameterization, check_path
 from ldm.diffusion.process import ForwardProcess
-from ldm.diffusion.targets import Coefficient, determinant, network_input
+from ldm.diffusion.targets import TARGETS, Coefficient, determinant, network_input
 from ldm.diffusion.variance import halves
 from ldm.models.conditioning import Conditioning
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.process import TERMINAL_SIGMA
 from ldm.diffusion.sampler_contract import Noise, Progress, evaluate, given, steps
-from ldm.diffusion.schedule import TERMINAL_SIGMA
 
 
 @torch.no_grad()

@@ -12,23 +12,14 @@ from torch import Tensor
 
 from ldm.diffusion.objective_config import (
     ObjectiveConfig,
-    TargetName,
     check_objective,
-    check_parameterization,
 )
 from ldm.diffusion.process import ForwardProcess
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.targets import TARGETS, Coefficient, convert, determinant, network_input
-from ldm.diffusion.timesteps import TIMESTEP_SAMPLING, timesteps
+from ldm.diffusion.targets import TARGETS, determinant, network_input
 from ldm.diffusion.variance import halves, learned_log_variance, step_bounds, step_nats
-from ldm.diffusion.weights import WEIGHTS, weight, weight_of_error
+from ldm.diffusion.weights import weight, weight_of_error
 from ldm.models.conditioning import Conditioning
-
-__all__ = [
-    "DISTANCES", "TARGETS", "TIMESTEP_SAMPLING", "WEIGHTS", "Coefficient", "Network", "ObjectiveConfig", "TargetName",
-    "add_noise", "check_objective", "check_parameterization", "coefficients", "convert", "determinant",
-    "loss_per_sample", "timesteps", "weight", "with_offset",
-]  # fmt: skip
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t (B, C, H, W), t (B,), conditioning) -> prediction (B, C, H, W), or (B, 2C, H, W) with learned variance."""

@@ -9,10 +9,8 @@ from ldm.diffusion.ancestral import analytic_dpm, ddim, ddpm, euler_ancestral
 from ldm.diffusion.dpm_solver import dpm_solver_2, dpm_solver_3, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from ldm.diffusion.langevin import annealed_langevin, predictor_corrector
 from ldm.diffusion.ode_solvers import euler, heun
-from ldm.diffusion.sampler_contract import Noise, Progress, Sampler, start
+from ldm.diffusion.sampler_contract import Sampler
 from ldm.diffusion.unipc import unipc
-
-__all__ = ["OF_NOISE_ALONE", "SAMPLERS", "Noise", "Progress", "Sampler", "start"]
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ldm.diffusion.process import TERMINAL_SIGMA, VARIANCE_PRESERVING, ForwardProcess
 
-__all__ = ["BETA_SCHEDULES", "TERMINAL_SIGMA", "Schedule", "ScheduleConfig", "rescale_zero_terminal_snr"]
-
 
 @dataclass
 class ScheduleConfig:

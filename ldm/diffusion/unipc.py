@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.process import TERMINAL_SIGMA
 from ldm.diffusion.sampler_contract import Noise, Progress, evaluate, levels_of, steps
-from ldm.diffusion.schedule import TERMINAL_SIGMA
 
 Evaluation = tuple[float, Tensor]
 """A level and D there."""

@@ -4,10 +4,11 @@ Enters: scheduler_config.json of a pipeline's folder, or what a file tells of it
 other layout; those that a single file could not give back lie beside it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ldm.models.pretrained import read_json
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 """In a pipeline's folder."""
@@ -74,11 +75,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not JSON, or not that of a scheduler of diffusers; names the file.
     """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or copy it again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
+    values = read_json(path)
+    if not isinstance(values.get("_class_name"), str):
         raise ValueError(f"{path}: expected a diffusers scheduler's settings, with its _class_name")
     prediction = predicted(values)
     if prediction not in PREDICTIONS:

@@ -11,8 +11,9 @@ from typing import Any, Literal, Self
 import torch
 
 from ldm.models.conditioning import Conditioning
+from ldm.models.pretrained import read_json
 from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
-from ldm.models.text_loading import FOLDERS, read_json
+from ldm.models.text_loading import FOLDERS
 
 EmptyCaption = Literal["encoded", "zeros"]
 

@@ -5,7 +5,6 @@ meant. Leaves: a frozen transformers model with every weight from that source, a
 lists all that does not fit.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.pretrained import resolve_source
+from ldm.models.pretrained import read_json, resolve_source
 from ldm.models.single_file import text_encoder_weights
 from ldm.models.weight_files import Weights, weight_files
 
@@ -237,19 +236,6 @@ def _check_uncut(source: Path, number: int, config: Any) -> None:
 def _describes_text(folder: Path) -> bool:
     path = folder / "config.json"
     return path.is_file() and read_json(path).get("model_type") in MODEL_CLASSES
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent}: there is no {path.name} here")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a JSON {type(values).__name__}, expected an object")
-    return values
 
 
 def _check_weights(source: Path, model: Any, info: dict[str, Any], cut_last: bool) -> None:

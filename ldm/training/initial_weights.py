@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.model_card import without_path
+from ldm.models import checkpoint_scheduler
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.pretrained import CONFIG_NAME, INDEX_NAME, load_weights, read_json, resolve_source, weights_hash
 from ldm.models.single_file import SingleFile
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.models.weight_files import Weights
 from ldm.pipeline_folder import SCHEDULER, read_scheduler
 from ldm.training.fit import loading
@@ -136,16 +138,16 @@ def objective_changes(
     elif not path.is_dir():
         return []
     found = chain(
-        _scheduler_changes(folder, parameterization, noise),
+        _scheduler_changes(folder / SCHEDULER, parameterization, noise),
         _empty_caption_changes(folder, empty_caption),
         _latent_changes(folder, autoencoder),
     )
     return [f"warning: {one}" for one in found]
 
 
-def _scheduler_changes(folder: Path, parameterization: str, noise: ScheduleConfig) -> Iterator[str]:
+def _scheduler_changes(file: Path, parameterization: str, noise: ScheduleConfig) -> Iterator[str]:
     try:
-        schedule, predicted = read_scheduler(folder)
+        schedule, predicted = read_scheduler(file)
     except OSError:
         return
     except ValueError as error:
@@ -211,6 +213,23 @@ def _told_by_file(
     path: Path, parameterization: str, noise: ScheduleConfig, empty_caption: str | None, autoencoder: AutoencoderConfig
 ) -> Iterator[str]:
     single = SingleFile(path, str(path))
+    scheduler = checkpoint_scheduler.beside(path)
+    if scheduler.is_file():
+        yield from _scheduler_changes(scheduler, parameterization, noise)
+    else:
+        yield from _marked_changes(single, parameterization, noise)
+    if single.family() == "sdxl":
+        yield from _caption_change("zeros", empty_caption)
+    if "vae" in single.contents.parts:
+        try:
+            own = single.values("vae")
+        except ValueError as error:
+            yield f"autoencoder: the source's could not be compared with this run's: {error}"
+            return
+        yield from _factor_changes(own, autoencoder)
+
+
+def _marked_changes(single: SingleFile, parameterization: str, noise: ScheduleConfig) -> Iterator[str]:
     marked, values = "v_pred" in single.shapes, single.values("unet")
     if values.get("use_linear_projection") and not values.get("addition_embed_type") and not marked:
         yield (
@@ -221,19 +240,9 @@ def _told_by_file(
     elif (predicted := "v" if marked else "epsilon") != parameterization:
         mark = "its file carries the mark v_pred" if marked else "its file carries no mark v_pred"
         yield f"objective: the source predicts {predicted} ({mark}), this run trains it to predict {parameterization}"
-    family = single.family()
     # Whole checkpoints of all families were trained with the default noise; a UNet by itself may be any.
-    usual = noise if family is None else ScheduleConfig()
+    usual = noise if single.family() is None else ScheduleConfig()
     yield from _noise_changes(dataclasses.replace(usual, rescale_betas_zero_snr="ztsnr" in single.shapes), noise)
-    if family == "sdxl":
-        yield from _caption_change("zeros", empty_caption)
-    if "vae" in single.contents.parts:
-        try:
-            own = single.values("vae")
-        except ValueError as error:
-            yield f"autoencoder: the source's could not be compared with this run's: {error}"
-            return
-        yield from _factor_changes(own, autoencoder)
 
 
 def _ends(found: UNetConfig, own: dict[str, Tensor], expected: UNetConfig) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,8 @@ from; or an error that names the file which is not as it was written.
 
 from pathlib import Path
 
+from ldm.models.pretrained import INDEX_NAME
 from ldm.training.checkpoint import HASHES, STATE, CheckpointError, find_checkpoint, verify_checkpoint
-
-INDEX = "model_index.json"
 
 
 def checked_source(source: str, *folders: str) -> str:
@@ -45,7 +44,7 @@ def own_checkpoint(path: Path) -> tuple[Path, str] | None:
     """The checkpoint of this program that a path is, or lies in, and its folder there ("": itself); None: in none."""
     path = path.parent.resolve() / path.name if path.is_file() else path.resolve()
     for root in (path, *path.parents[:2]):
-        listed, whole = (root / HASHES).is_file(), (root / INDEX).is_file()
+        listed, whole = (root / HASHES).is_file(), (root / INDEX_NAME).is_file()
         if (listed and (whole or (root / STATE).is_dir())) or (whole and (root / STATE).is_dir()):
             return root, "" if root == path else path.relative_to(root).parts[0]
     return None

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ldm.config import differences, load_config, to_dict, to_yaml
+from ldm.models.pretrained import INDEX_NAME
 from ldm.pipeline import save_pipeline
 from ldm.pipeline_folder import FROZEN
 from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, point_latest
@@ -19,7 +20,7 @@ from ldm.training.fit import loading
 from ldm.training.initial_weights import load_initial, objective_changes
 from ldm.training.metrics import forget_after
 from ldm.training.optimizer import load_optimizer_tensors, optimizer_tensors
-from ldm.training.own_checkpoints import INDEX, checked_source
+from ldm.training.own_checkpoints import checked_source
 from ldm.training.run import Run
 from ldm.training.run_card import card_of
 
@@ -63,7 +64,7 @@ def begin(run: Run, say: Callable[[str], None]) -> None:
     if config.init_from is None:
         return
     with loading("init_from"):
-        source = checked_source(config.init_from, "unet", "scheduler", INDEX)
+        source = checked_source(config.init_from, "unet", "scheduler", INDEX_NAME)
     record = load_initial(run.pipeline.unet, source, say)
     changes = objective_changes(
         source,

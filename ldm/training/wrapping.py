@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.attention import select_backend
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 
 
 @dataclass
