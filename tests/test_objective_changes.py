@@ -164,7 +164,9 @@ def test_a_single_file_of_sd2_does_not_tell_what_it_predicts(tmp_path, predicted
 
 def test_a_scheduler_beside_a_single_file_tells_what_it_predicts_and_its_noise(tmp_path):
     file = single(tmp_path, "sd2")
-    written = pipeline(tmp_path / "p", prediction_type="v_prediction", beta_end=0.02) / "scheduler/scheduler_config.json"
+    written = (
+        pipeline(tmp_path / "p", prediction_type="v_prediction", beta_end=0.02) / "scheduler/scheduler_config.json"
+    )
     written.rename(Path(file).with_suffix(".scheduler.json"))
     assert changes(file, "v") == ["noise.beta_end: 0.02 became 0.012"]
     assert changes(file, "epsilon")[0] == "objective: the source predicts v, this run trains it to predict epsilon"

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 
 from ldm.models.conditioning import Conditioning
-from ldm.models.pretrained import read_json
+from ldm.models.pretrained import INDEX_NAME, read_json
 from ldm.models.text_encoder import TextEncoder, TextEncoderConfig
 from ldm.models.text_loading import FOLDERS
 
@@ -63,7 +63,7 @@ class TextConditioner:
     @classmethod
     def from_pipeline(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
         """The encoder or encoders of a pipeline's folder, as diffusers calls them there; in float32."""
-        source, index = str(folder), read_json(folder / "model_index.json")
+        source, index = str(folder), read_json(folder / INDEX_NAME)
         if not any(index.get(FOLDERS[1][0]) or ()):
             mask = bool(read_json(folder / FOLDERS[0][0] / "config.json").get("use_attention_mask"))
             return cls.load([TextEncoderConfig(source, attention_mask=mask)], device)

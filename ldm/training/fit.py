@@ -12,6 +12,7 @@ from ldm.data.encoding import encoder_identity, identity_problems
 from ldm.data.manifest import Manifest
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
+from ldm.pipeline_fit import inpaints
 from ldm.training.checkpoint import CheckpointError
 
 
@@ -51,7 +52,7 @@ def check_parts(
 def latent_problems(config: RunConfig, autoencoder: AutoencoderKL) -> Iterator[str]:
     """Channels of the UNet against those of the latents, a sentence each."""
     channels = autoencoder.config.latent_channels
-    if config.unet.in_channels == 2 * channels + 1:
+    if inpaints(config.unet, autoencoder.config):
         yield (
             f"unet.in_channels is {config.unet.in_channels}: an inpainting network, which also takes a mask and masked "
             f"latents; training has no masks, only the {channels} channels of the autoencoder's latents"
