@@ -23,9 +23,9 @@ from ldm.data.members import decode_caption, decode_json
 from ldm.data.order import permute
 from ldm.data.pictures import decode_picture
 from ldm.data.shards import DamagedSample, ShardReader
+from ldm.generation import generate
 from ldm.grid import labelled_grid, save_png
 from ldm.models.text_encoder import DTYPES
-from ldm.pipeline import generate
 from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
 from ldm.training.checkpoint import CheckpointError
 

@@ -4,7 +4,6 @@ Enters: a folder, or the schedule and parameterization to be written. Leaves: th
 names file and field. Weights and configs of the parts are written by the parts themselves.
 """
 
-import dataclasses
 import json
 import os
 import shlex
@@ -12,8 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm.diffusion.objective_config import TargetName
-from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.pretrained import INDEX_NAME, read_json
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.text_loading import FOLDERS
@@ -26,7 +23,6 @@ PIPELINE_CLASSES = {
     "StableDiffusionXLInpaintPipeline": 2,
 }
 SCHEDULER = "scheduler/scheduler_config.json"
-PREDICTION_TYPES: dict[TargetName, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 CARD = "README.md"
 LAYOUT = "0.24.0"
@@ -83,54 +79,6 @@ def _pickles_instead(folder: Path, missing: list[str]) -> str:
     )
 
 
-def write_scheduler(folder: Path, schedule: Schedule, parameterization: TargetName) -> None:
-    """Writes scheduler_config.json: diffusers' DDIMScheduler at the levels of `sigmas(..., "trailing")`, down to 0."""
-    values = {
-        "_class_name": "DDIMScheduler",
-        **dataclasses.asdict(schedule.config),
-        "prediction_type": PREDICTION_TYPES[parameterization],
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        # Trailing spacing does not use it; StableDiffusionPipeline warns of any other value.
-        "steps_offset": 1,
-    }
-    _write_json(folder / SCHEDULER, values)
-
-
-def read_scheduler(path: Path) -> tuple[Schedule, TargetName]:
-    """Schedule and parameterization of a scheduler's file, scheduler_config.json, whatever sampler it names.
-
-    Settings of that sampler are not read: sampler, steps and spacing are the caller's. With timestep_spacing leading
-    and steps_offset 1, as Stable Diffusion is shipped, DDIM's and Euler's levels are those of the spacing `leading_1`,
-    DPMSolverMultistep's those of `leading_1_multistep`. What no spacing expresses: set_alpha_to_one false (DDIM then
-    stops at the noise of the first timestep, here at none), and DDIM with linspace, which steps to t - T // S.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a field is missing or has a value that is not supported; names it.
-    """
-    values = read_json(path)
-    needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}: not the scheduler of a discrete diffusion model")
-    if values.get("trained_betas") is not None:
-        raise ValueError(f"{path}: found trained_betas, expected none: betas by formula only")
-    # Files from before the field was there are of epsilon models.
-    prediction = values.get("prediction_type", "epsilon")
-    names = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-    if prediction not in names:
-        raise ValueError(f"{path}: prediction_type is {prediction!r}, expected one of {', '.join(names)}")
-    try:
-        config = ScheduleConfig(
-            **{name: values[name] for name in needed},
-            rescale_betas_zero_snr=values.get("rescale_betas_zero_snr", False),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Schedule(config), names[prediction]
-
-
 def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool) -> None:
     """Writes model_index.json: which class of diffusers opens the folder, and which class of which library each part.
 
@@ -154,7 +102,7 @@ def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool
         values[model] = ["transformers", type(encoder.model).__name__]
         values[tokenizer] = ["transformers", type(encoder.tokenizer).__name__]
     values |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    _write_json(folder / INDEX_NAME, values)
+    write_json(folder / INDEX_NAME, values)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -196,6 +144,7 @@ def link_folder(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes an indented JSON file, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n")

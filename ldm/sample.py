@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.generation import checked_shape, generate
 from ldm.grid import labelled_grid, save_png
 from ldm.latent_files import check_latents_out, read_noise, write_latents
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.durable import file_hash
 from ldm.models.text_encoder import DTYPES
 from ldm.models.unet_config import UNetConfig
-from ldm.pipeline import checked_shape, generate
 from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
 from ldm.training.checkpoint import CheckpointError
 

@@ -113,6 +113,7 @@ def test_a_child_that_was_forked_during_a_download_does_not_keep_its_lock(
                 os._exit(0)
         child = int(os.read(read_end, 100))
         try:
+            wait_until(lambda: server.requests["/s-0.tar"] == 1)  # the stalled one is the parent's
             os.kill(parent, signal.SIGKILL)
             os.waitpid(parent, 0)
             start = time.monotonic()

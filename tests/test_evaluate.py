@@ -11,7 +11,8 @@ from tiny_models import make_clip, make_pipeline
 
 from ldm.data.shards import write_shards
 from ldm.evaluate import captions_of, choose_captions, features, main, read_pictures, retrieval
-from ldm.pipeline import Pipeline, generate, save_pipeline
+from ldm.generation import generate
+from ldm.pipeline import Pipeline, save_pipeline
 
 
 def grey(levels: np.ndarray, size: int = 8) -> np.ndarray:

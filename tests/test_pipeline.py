@@ -9,21 +9,11 @@ import pytest
 import torch
 from tiny_models import MINILM, make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
 
-from ldm import pipeline as pipeline_module
+from ldm import generation
 from ldm.diffusion.schedule import ScheduleConfig
+from ldm.generation import decode_latents, encode_prompts, generate, initial_noise, sample_latents, step_noise, to_uint8
 from ldm.models.autoencoder import posterior_mean, scale_latents
-from ldm.pipeline import (
-    Pipeline,
-    decode_latents,
-    encode_prompts,
-    generate,
-    initial_noise,
-    load_pipeline,
-    sample_latents,
-    save_pipeline,
-    step_noise,
-    to_uint8,
-)
+from ldm.pipeline import Pipeline, load_pipeline, save_pipeline
 
 PROMPTS = ["red heart", "", "Flag of France", "a caption that is longer than the sixteen tokens of the encoder"]
 NEGATIVE = "blurry, ugly"
@@ -306,6 +296,6 @@ def test_the_stages_can_be_called_one_by_one(pipeline) -> None:
         sampler="dpmpp_2m", steps=4, guidance=15.0, guidance_rescale=1.0,
     )  # fmt: skip
     assert latents.dtype == torch.float32
-    assert np.array_equal(pipeline_module.decode_latents(pipeline, latents), whole)
+    assert np.array_equal(generation.decode_latents(pipeline, latents), whole)
     plain = generate(pipeline, PROMPTS[:2], seed=5, sampler="dpmpp_2m", steps=4, guidance=15.0)
     assert difference(plain, whole) > 1, "guidance_rescale does nothing"

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
 
-from ldm.pipeline import Pipeline, generate, load_pipeline, save_pipeline
+from ldm.generation import generate
+from ldm.pipeline import Pipeline, load_pipeline, save_pipeline
 from ldm.pipeline_folder import FILES, FILES_OF_PAIR
 
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tiny_models import make_clip, make_pipeline
 
+from ldm.generation import generate
 from ldm.grid import labelled_grid
-from ldm.pipeline import Pipeline, generate, save_pipeline
+from ldm.pipeline import Pipeline, save_pipeline
 from ldm.sample import main
 from ldm.training.checkpoint import HASHES, TrainingState, save_checkpoint
 

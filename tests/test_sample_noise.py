@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import make_clip, make_pipeline
 
+from ldm.generation import decode_latents, generate, initial_noise
 from ldm.models.durable import file_hash
-from ldm.pipeline import Pipeline, decode_latents, generate, initial_noise, save_pipeline
+from ldm.pipeline import Pipeline, save_pipeline
 from ldm.sample import main
 
 FAST = ["--steps=3", "--sampler=ddim", "--guidance=3", "--device=cpu"]

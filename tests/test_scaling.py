@@ -23,9 +23,10 @@ from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.quarantine import Ledger
 from ldm.data.shards import write_shards
 from ldm.diffusion.objective_config import ObjectiveConfig
+from ldm.generation import decode_latents, generate
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
-from ldm.pipeline import Pipeline, decode_latents, generate
+from ldm.pipeline import Pipeline
 from ldm.train import batch_loss, latents_of
 
 FACTOR, SHIFT = 0.7, 0.3

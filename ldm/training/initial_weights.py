@@ -25,7 +25,8 @@ from ldm.models.single_file import SingleFile
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 from ldm.models.weight_files import Weights
-from ldm.pipeline_folder import SCHEDULER, read_scheduler
+from ldm.pipeline_folder import SCHEDULER
+from ldm.pipeline_scheduler import read_scheduler
 from ldm.training.fit import loading
 from ldm.training.own_checkpoints import own_checkpoint
 

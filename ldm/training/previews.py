@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.diffusion.samplers import OF_NOISE_ALONE
+from ldm.generation import generate
 from ldm.grid import labelled_grid
-from ldm.pipeline import Pipeline, generate
+from ldm.pipeline import Pipeline
 from ldm.training.ema import EMA
 
 

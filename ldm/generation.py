@@ -1,0 +1,218 @@
+"""The walk from prompts to pictures.
+
+Enters: a Pipeline, prompts with a seed and an index for each. Leaves: pictures (N, H, W, 3) uint8.
+Walk: encode_prompts -> initial_noise -> sample_latents -> decode_latents; each can be called by itself, and `generate`
+calls them batch by batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.draws import Purpose, normal
+from ldm.diffusion.denoiser import denoiser
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.sampler_contract import Noise, Progress, start
+from ldm.diffusion.samplers import OF_NOISE_ALONE, SAMPLERS
+from ldm.diffusion.spacing import sigmas
+from ldm.models.autoencoder import AutoencoderKL, unscale_latents
+from ldm.models.conditioning import Conditioning
+from ldm.models.unet_config import UNetConfig
+from ldm.pipeline import Pipeline, latent_shape_of
+from ldm.pipeline_fit import check_draws_from_text
+
+
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], negative: str = "") -> tuple[Conditioning, Conditioning]:
+    """Conditioning of B prompts, and B times that of what guidance leads away from: by default the empty caption.
+
+    An empty `negative` is what dropped captions were in training: the encoders' states of "", or zeros where the
+    conditioner has these for empty captions (SDXL), as diffusers' pipelines give for negative_prompt=None. Their
+    negative_prompt="" is the encoders' states there, which SDXL was not trained with.
+    """
+    conditioning = pipeline.text_encoder.encode(prompts).to(dtype=torch.float32)
+    without = pipeline.text_encoder.encode([negative]) if negative else pipeline.text_encoder.empty()  # one row
+    return conditioning, without.to(dtype=torch.float32).expand(len(prompts))
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit noise (B, *shape) float32 on the CPU, a function of seed and each picture's index alone."""
+    return addressed_noise(seed, Purpose.SAMPLE_NOISE, indices, shape)
+
+
+def addressed_noise(
+    seed: int, purpose: Purpose, indices: Sequence[int], shape: tuple[int, ...], *address: int
+) -> Tensor:
+    """Unit noise (B, *shape) float32: row b is drawn at (seed, purpose, indices[b], *address)."""
+    return torch.from_numpy(np.stack([normal(seed, purpose, index, *address, shape=shape) for index in indices]))
+
+
+def step_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
+    """Noise of the steps of a stochastic sampler: step -> (B, *shape), a function of seed, index and step alone."""
+    return lambda step: addressed_noise(seed, Purpose.SAMPLER_NOISE, indices, shape, step).to(device)
+
+
+def sizes_of(noise: Tensor, factor: int) -> Tensor:
+    """Sizes (B, 6) for noise (B, C, h, w): a whole picture of its own size, as diffusers tells SDXL's network."""
+    height, width = noise.shape[-2] * factor, noise.shape[-1] * factor
+    return torch.tensor([[height, width, 0, 0, height, width]]).expand(len(noise), -1)
+
+
+@torch.no_grad()
+def sample_latents(
+    pipeline: Pipeline,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise: Tensor,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    guidance_rescale: float = 0.0,
+    spacing: str = "trailing",
+    fresh_noise: Noise | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) as the network knows them (scaled), float32, from unit noise of that shape.
+
+    A network that takes sizes is told those of the whole picture, where the conditioning has none.
+
+    Args:
+        noise: unit variance, also where sampling starts from a level with signal left.
+        fresh_noise: what a stochastic sampler adds at each step.
+
+    Raises:
+        ValueError: an unknown sampler or spacing, steps or guidance out of range.
+    """
+    if sampler not in OF_NOISE_ALONE:
+        raise ValueError(f"sampler: found {sampler!r}, expected one of {', '.join(OF_NOISE_ALONE)}")
+    levels = sigmas(pipeline.schedule, steps, spacing)
+    if pipeline.unet.config.pooled_channels:
+        sizes = sizes_of(noise, pipeline.autoencoder.downsample_factor).to(pipeline.device)
+        conditioning, unconditional = (
+            part if part.sizes is not None else replace(part, sizes=sizes) for part in (conditioning, unconditional)
+        )
+    denoise = guided(
+        denoiser(pipeline.unet, pipeline.schedule, pipeline.parameterization),
+        conditioning,
+        unconditional,
+        guidance,
+        guidance_rescale,
+    )
+    x = start(noise.to(pipeline.device), levels)
+    # Around all steps: autocast forgets its lowered copies of the weights when it ends. Float64 it leaves alone.
+    with torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
+        latents = SAMPLERS[sampler](denoise, x, levels, noise=fresh_noise, progress=progress)
+    return latents.float()
+
+
+@torch.no_grad()
+def decode_latents(pipeline: Pipeline, latents: Tensor) -> np.ndarray:
+    """Pictures (B, H, W, 3) uint8 of scaled latents (B, C, h, w); decoded in the autoencoder's own precision."""
+    images = pipeline.autoencoder.decode(unscale_latents(latents, pipeline.autoencoder.config))  # (B, 3, H, W)
+    return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1], clamped, to (B, H, W, 3) uint8, rounded to the nearest."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    pictures: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pictures
+
+
+def generate(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    indices: Sequence[int] | None = None,
+    negative: str = "",
+    guidance_rescale: float = 0.0,
+    spacing: str = "trailing",
+    height: int | None = None,
+    width: int | None = None,
+    noise: Tensor | None = None,
+    keep: Callable[[Tensor], object] | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """One picture for each prompt: (N, H, W, 3) uint8.
+
+    The picture of a prompt is a function of seed, its index and the other settings; batch size and the other prompts
+    change it by rounding only. Nothing is drawn from, or left in, a global generator.
+
+    Args:
+        seed: 0 .. 2^64 - 1.
+        indices: address of each picture's noise under the seed; 0, 1, 2, ... when None.
+        guidance: scale; 1 is the conditional network alone, which costs half.
+        negative: what to lead away from, instead of the empty caption.
+        height, width: of the pictures in pixels; None: what the network was trained on, or what `noise` says.
+        noise: unit noise (N, C, h, w) to start from, instead of that of seed and indices.
+        keep: called with the latents (B, C, h, w) of each batch, on the CPU, before they are decoded.
+        progress: called after each step of each batch with the steps done and the steps of all batches.
+
+    Raises:
+        ValueError: no prompts, another number of indices, a batch size below 1, noise of another shape, a network for
+            inpainting, or as `sample_latents`.
+    """
+    indices = range(len(prompts)) if indices is None else indices
+    if not prompts or len(indices) != len(prompts):
+        raise ValueError(f"generate: found {len(prompts)} prompts and {len(indices)} indices, expected one for each")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    shape = checked_shape(pipeline.unet.config, pipeline.autoencoder, len(prompts), height, width, noise)
+    starts = range(0, len(prompts), batch_size)
+    pictures = []
+    for batch, first in enumerate(starts):
+        part = slice(first, first + batch_size)
+
+        def report(done: int, of: int, batch: int = batch) -> None:
+            if progress is not None:
+                progress(batch * of + done, len(starts) * of)
+
+        conditioning, unconditional = encode_prompts(pipeline, prompts[part], negative)
+        latents = sample_latents(
+            pipeline,
+            conditioning,
+            unconditional,
+            initial_noise(seed, indices[part], shape) if noise is None else noise[part],
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            guidance_rescale=guidance_rescale,
+            spacing=spacing,
+            fresh_noise=step_noise(seed, indices[part], shape, pipeline.device),
+            progress=report,
+        )
+        if keep is not None:
+            keep(latents.cpu())
+        pictures.append(decode_latents(pipeline, latents))
+    return np.concatenate(pictures)
+
+
+def checked_shape(
+    unet: UNetConfig,
+    autoencoder: AutoencoderKL,
+    count: int,
+    height: int | None,
+    width: int | None,
+    noise: Tensor | None,
+) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that `generate` samples for `count` pictures; raises ValueError where it would."""
+    check_draws_from_text(unet, autoencoder.config)
+    if noise is None:
+        return latent_shape_of(unet, autoencoder, height, width)
+    factor = autoencoder.downsample_factor
+    height, width = height or noise.shape[-2] * factor, width or noise.shape[-1] * factor
+    expected = (count, *latent_shape_of(unet, autoencoder, height, width))
+    if tuple(noise.shape) != expected:
+        raise ValueError(
+            f"noise: found shape {tuple(noise.shape)}, expected {expected}: {count} pictures of {height}x{width} "
+            f"pixels with the autoencoder's {expected[1]} latent channels and factor {factor}"
+        )
+    return expected[1:]
