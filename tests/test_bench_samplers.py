@@ -26,7 +26,7 @@ def test_the_benchmark_finds_equal_outputs_and_writes_its_figures(tmp_path: Path
     for run in figures["runs"]:
         assert run["difference"] < 1e-4 or run["sampler"] == "dpmpp_3m"
         assert {len(times) for times in run["milliseconds"].values()} == {2}
-        assert re.search(rf"{run['sampler']} +batch 1 .* times", shown)
+        assert re.search(rf"{run['sampler']} +batch 1 .* ratio", shown)
     assert {"ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"} < {
         r["sampler"] for r in figures["runs"]
     }

@@ -216,7 +216,7 @@ def test_analytic_dpm_variance_is_the_formula_of_the_paper() -> None:
         )  # fmt: skip
         variances = torch.tensor([std**2 * sigma**2 / (std**2 + sigma**2)], dtype=torch.float64)
         found = analytic_dpm(
-            gaussian(0.0, std), torch.zeros(1, 1), torch.tensor([sigma, sigma_next], dtype=torch.float64),
+            gaussian(0.0, std), torch.zeros(1, 1).double(), torch.tensor([sigma, sigma_next], dtype=torch.float64),
             noise=lambda step: torch.ones(1, 1), variances=variances,
         ).item()  # fmt: skip
         assert found**2 * abar_next == pytest.approx(expected, rel=1e-6)
@@ -267,7 +267,7 @@ def test_churn_never_asks_the_network_above_the_first_level() -> None:
         asked.append(sigma.item())
         return gaussian(0.0, 1.0)(x, sigma)
 
-    heun(denoise, torch.ones(1, 1), levels, noise=numpy_noise(1, (1, 1)), s_churn=100.0)
+    heun(denoise, torch.ones(1, 1).double(), levels, noise=numpy_noise(1, (1, 1)), s_churn=100.0)
     assert max(asked) == asked[0] == asked[2] == levels[0]
 
 

@@ -5,6 +5,7 @@ libraries compute the same, it is enough to be no farther than by rounding, whic
 """
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -128,25 +129,87 @@ def test_dpmpp_3m_is_of_order_3_where_diffusers_is_of_order_2() -> None:
     assert orders["theirs"] < 2.5, (orders, errors)
 
 
+MIXTURES = int(os.environ.get("LDM_MIXTURES", "32"))
+"""Random mixtures in each of 2 and 32 dimensions, a quarter of them of each of DEVIATIONS."""
+DEVIATIONS = [(0.01, 0.1), (0.05, 0.6), (0.5, 1.5), (0.01, 1.5)]
+"""Range of the deviations of the modes of a mixture: fine, middling, wide, and all in each picture."""
+
+
+def random_mixtures(dims: int, seed: int) -> tuple[Denoise, Tensor]:
+    """MIXTURES problems as rows of a batch: denoiser of x (MIXTURES, 4, dims), and its unit noise."""
+    draws = np.random.default_rng([seed, dims])
+    low, high = (torch.tensor(bounds).log() for bounds in zip(*DEVIATIONS, strict=True))
+    kind = torch.arange(MIXTURES) % len(DEVIATIONS)
+    low, high, last = (v[kind].view(-1, 1, 1) for v in (low, high, torch.arange(len(DEVIATIONS)) == 3))
+    drawn = torch.from_numpy(draws.uniform(size=(MIXTURES, 1, dims)))
+    std = (low + (high - low) * torch.where(last, drawn, drawn[..., :1])).exp()  # of each dimension, or of the mixture
+    centres = torch.from_numpy(draws.normal(size=(MIXTURES, 5, dims)) * draws.uniform(0.2, 1.2, size=(MIXTURES, 1, 1)))
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        variance = std**2 + sigma.view(-1, 1, 1) ** 2  # (MIXTURES, 1, dims)
+        distance = ((x[:, :, None] - centres[:, None]) ** 2 / variance[:, :, None]).sum(3)  # (MIXTURES, 4, 5)
+        centre = (-distance / 2).softmax(2) @ centres
+        return centre + std**2 / variance * (x - centre)
+
+    return denoise, torch.from_numpy(draws.normal(size=(MIXTURES, 4, dims)))
+
+
 @pytest.mark.parametrize(
-    ("steps", "spacing", "bound"),
-    [
-        *((steps, spacing, 1.0) for steps in (5, 10, 20, 50) for spacing in ("karras", "log_snr")),
-        (20, "leading", 0.7),  # its last step is 4 times as long in lambda as the one before
-        (20, "linspace", 0.7),
-    ],
+    ("spacing", "bound"),
+    [("trailing", 1.1), ("leading", 0.8), ("linspace", 0.8), ("karras", 0.8), ("log_snr", 0.8)],
 )
-def test_dpmpp_3m_is_nearer_to_the_exact_solution_than_diffusers(steps: int, spacing: str, bound: float) -> None:
-    """Error at the last level above 0, which both libraries leave for D; geometric mean over 9 problems."""
-    ratios = []
-    for denoise, x in problems():
-        levels = sigmas(SCHEDULE, steps, spacing)
-        exact = exact_flow(denoise, x, float(levels[0]), float(levels[-2]), steps=200)
-        theirs = DPMSolverMultistepScheduler(**STABLE_DIFFUSION, solver_order=3)
-        theirs.set_timesteps(steps)
-        their_error = (run_scheduler(theirs, denoise, x, levels, last=steps - 1) - exact).norm()
-        ratios.append(((dpmpp_3m(denoise, x, levels[:-1]) - exact).norm() / their_error).item())
-    assert np.exp(np.mean(np.log(ratios))) < bound, ratios
+def test_dpmpp_3m_is_at_least_as_near_to_the_exact_solution_as_diffusers(spacing: str, bound: float) -> None:
+    """Error at the last level above 0, which both libraries leave for D; geometric mean over random mixtures, seed 1.
+
+    With trailing spacing both are about as near, and the mean of so few varies by 10 %.
+    """
+    for steps in (5, 10, 20, 50):
+        levels, ratios = sigmas(SCHEDULE, steps, spacing), []
+        for dims in (2, 32):
+            denoise, z = random_mixtures(dims, seed=1)
+            x = start(z, levels)
+            exact = exact_flow(denoise, x, float(levels[0]), float(levels[-2]), steps=100)
+            theirs = DPMSolverMultistepScheduler(**STABLE_DIFFUSION, solver_order=3)
+            theirs.set_timesteps(steps)
+            found = dpmpp_3m(denoise, x, levels[:-1]), run_scheduler(theirs, denoise, x, levels, last=steps - 1)
+            ours, their_error = ((result - exact).norm(dim=(1, 2)) for result in found)
+            ratios.append((ours / their_error).log())
+        ratio = torch.cat(ratios).mean().exp().item()
+        print(f"dpmpp_3m, {spacing}, {steps} steps: {ratio:.2f} of diffusers' error, {2 * MIXTURES} mixtures, seed 1")
+        assert ratio < bound
+        if spacing == "leading" and steps <= 10:
+            fine = torch.stack(ratios)[:, :: len(DEVIATIONS)].mean().exp().item()
+            assert fine < 1, "a last step that divides sigma by 12 and more goes too far in fine mixtures"
+
+
+def test_the_second_step_of_dpmpp_3m_is_that_of_dpmpp_2m_after_the_correction_of_the_first() -> None:
+    """Of a D that x does not change, steps of unequal lengths: 1 - (1 - e^-h) / h of the difference, carried on."""
+    values = {9.0: 1.0, 4.0: 3.0}
+    levels, x = torch.tensor([9.0, 4.0, 3.0], dtype=torch.float64), torch.full((1, 1), 5.0, dtype=torch.float64)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.full_like(x, values[float(sigma[0])])
+
+    h = math.log(9 / 4)
+    correction = (1 - (1 - 4 / 9) / h) * (3.0 - 1.0) * 3 / 4
+    expected = SAMPLERS["dpmpp_2m"](denoise, x, levels).item() + correction
+    assert dpmpp_3m(denoise, x, levels).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_long_step_of_dpmpp_3m_takes_the_last_two_evaluations_and_a_short_one_three() -> None:
+    for end, depends in ((0.2, False), (2.0, True)):
+        added = []
+        for oldest in (1.0, 7.0):
+            values, asked = {9.0: oldest, 4.0: 3.0, 3.0: 2.0}, []
+            levels = torch.tensor([9.0, 4.0, 3.0, end], dtype=torch.float64)
+
+            def denoise(x: Tensor, sigma: Tensor, values: dict = values, asked: list = asked) -> Tensor:  # type: ignore[type-arg]
+                asked.append(x.item())
+                return torch.full_like(x, values[float(sigma[0])])
+
+            end_x = dpmpp_3m(denoise, torch.full((1, 1), 5.0, dtype=torch.float64), levels).item()
+            added.append(end_x - end / 3 * asked[-1])
+        assert (abs(added[0] - added[1]) > 1e-6) == depends, added
 
 
 def test_dpm_solver_3_is_nearer_than_diffusers_singlestep_of_order_3_at_equal_evaluations() -> None:

@@ -160,6 +160,13 @@ def test_adaptive_steps_end_in_the_denoised_latents_and_start_from_infinite_nois
     assert_same(last, exact, 1e-4)  # the schedule is log-linear between timesteps, which breaks smoothness
 
 
+def test_adaptive_steps_from_infinite_noise_to_a_single_level_are_eulers_step() -> None:
+    """As repeated steps walk: each is a run of two levels."""
+    denoise, levels = denoise_with("v", ZERO_SNR), sigmas(ZERO_SNR, 10)[:2]
+    x = start(unit_noise(), levels)
+    assert_same(ode_adaptive(denoise, x, levels), SAMPLERS["euler"](denoise, x, levels), 1e-6)
+
+
 def test_a_tolerance_below_the_networks_rounding_is_an_error() -> None:
     def rough(x: Tensor, sigma: Tensor) -> Tensor:
         return gaussian(0.0, 0.5)(x, sigma).bfloat16().double()

@@ -1,7 +1,8 @@
 """Measures samplers against diffusers' schedulers: time outside the network, for a network that costs nothing.
 
 In: nothing. Out: a table on standard output, and the same as JSON with versions and machine (`--json FILE`): for each
-sampler that both have, milliseconds of a run, and their ratio; both from pure noise to latents, spacing included.
+sampler that both have, milliseconds of a run from pure noise to latents, spacing and guidance included, without what
+the network's calls and the draws of noise cost by themselves, which both libraries take from the same functions.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import denoiser
-from ldm.diffusion.guidance import unguided
+from ldm.diffusion.guidance import guided
 from ldm.diffusion.sampler_contract import Noise, start
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
@@ -50,14 +51,15 @@ DIFFERENT = {"dpmpp_3m"}
 
 
 class Fixed(nn.Module):
-    """A float32 network that returns one prediction, or half of its input."""
+    """A float32 network that returns one prediction, or half of its input, and counts its calls."""
 
     def __init__(self, prediction: Tensor | None) -> None:
         super().__init__()
         self.dtype_of = nn.Parameter(torch.zeros(()))
-        self.prediction = prediction
+        self.prediction, self.calls = prediction, 0
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
+        self.calls += 1
         return 0.5 * x if self.prediction is None else self.prediction
 
 
@@ -82,63 +84,89 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="steps of a run (20)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="samples of a batch (1 8)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, of which median and range are told")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is without (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"about": about(options.device), "steps": options.steps, "shape": SHAPE, "runs": []}
+    results: dict[str, Any] = {
+        "about": about(options.device),
+        "steps": options.steps,
+        "shape": SHAPE,
+        "guidance": options.guidance,
+        "runs": [],
+    }
     for batch in options.batches:
         for name in SHARED:
-            results["runs"].append(compare(name, options.steps, batch, options.rounds, torch.device(options.device)))
+            results["runs"].append(
+                compare(name, options.steps, batch, options.rounds, torch.device(options.device), options.guidance)
+            )
             print(line(results["runs"][-1]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def compare(name: str, steps: int, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def compare(
+    name: str, steps: int, batch: int, rounds: int, device: torch.device, guidance: float = 1.0
+) -> dict[str, Any]:
     """Milliseconds of ours and of theirs in `rounds` interleaved rounds, after their outputs were compared."""
     generator = torch.Generator(device=device).manual_seed(7)
     z = torch.randn((batch, *SHAPE), generator=generator, device=device)
-    prediction = torch.randn((batch, *SHAPE), generator=generator, device=device)
+    both = batch if guidance == 1 else 2 * batch
+    prediction = torch.randn((both, *SHAPE), generator=generator, device=device)
 
-    half, nothing = Fixed(None).to(device), Fixed(prediction).to(device)
-    difference = (ours(name, half, z, steps) - theirs(name, half, z, steps)).abs().max().item()
+    half = Fixed(None).to(device)
+    difference = (ours(name, half, z, steps, guidance) - theirs(name, half, z, steps, guidance)).abs().max().item()
     if name not in DIFFERENT and not difference < 1e-4:
         raise RuntimeError(f"{name}: outputs differ by {difference:.3g}, so that times would compare different things")
-    run_ours, run_theirs = partial(ours, name, nothing, z, steps), partial(theirs, name, nothing, z, steps)
-    run_alone = partial(alone, name, prediction, z, steps)
-    times: dict[str, list[float]] = {"ours": [], "theirs": [], "sampler_alone": []}
+    runs: dict[str, Callable[[], Tensor]] = {}
+    for who, run in (("ours", ours), ("theirs", theirs)):
+        nothing = Fixed(prediction).to(device)
+        run(name, nothing, z, steps, guidance)
+        draws = (steps if who == "theirs" else steps - 1) if SHARED[name][2] else 0  # theirs in the last step too
+        runs[who] = partial(run, name, nothing, z, steps, guidance)
+        runs[f"{who}_inside"] = partial(inside, nothing, nothing.calls, draws, z)
+    times: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
-        for key, run in (("ours", run_ours), ("theirs", run_theirs), ("sampler_alone", run_alone)):
-            times[key].append(milliseconds(run, device))
+        for key, timed in runs.items():
+            times[key].append(milliseconds(timed, device))
     return {"sampler": name, "batch": batch, "difference": difference, "milliseconds": times}
 
 
-def ours(name: str, network: Fixed, z: Tensor, steps: int) -> Tensor:
+def ours(name: str, network: Fixed, z: Tensor, steps: int, guidance: float) -> Tensor:
     """A run of our sampler through the denoiser, float32 in and out, as a pipeline does it."""
-    levels = sigmas(schedule(), steps)
-    denoise = unguided(denoiser(network, schedule(), "epsilon"), Conditioning(torch.zeros(len(z), 1, 1)))
-    return SAMPLERS[name](denoise, start(z, levels), levels, noise=fresh_noise(z)).float()
+    levels, text = sigmas(schedule(), steps), Conditioning(torch.zeros(len(z), 1, 1))
+    denoise = guided(denoiser(network, schedule(), "epsilon"), text, text, guidance)
+    return SAMPLERS[name](denoise, start(z, levels), levels, noise=fresh_noise(z))
 
 
-def alone(name: str, denoised: Tensor, z: Tensor, steps: int) -> Tensor:
-    """The sampler's own arithmetic: the denoiser returns one tensor."""
-    levels, denoised = sigmas(schedule(), steps), denoised.double()
-    return SAMPLERS[name](lambda x, sigma: denoised, start(z, levels), levels, noise=fresh_noise(z))
-
-
-def theirs(name: str, network: Fixed, z: Tensor, steps: int) -> Tensor:
+def theirs(name: str, network: Fixed, z: Tensor, steps: int, guidance: float) -> Tensor:
     """The loop of a diffusers pipeline over its scheduler."""
     solver, generator = scheduler(name), torch.Generator(device=z.device).manual_seed(1)
     settings: dict[str, Any] = {"generator": generator} if SHARED[name][2] else {}
     solver.set_timesteps(steps, device=z.device)
     # Some count in variance-exploding coordinates, and start 0.2 % below the deviation of noisy unit data.
     exploding = float(solver.init_noise_sigma) != 1
-    x = start(z, solver.sigmas).float() if exploding else z
+    x = start(z, solver.sigmas) if exploding else z
     for t in solver.timesteps:
-        x = solver.step(network(solver.scale_model_input(x, t), t, None), t, x, **settings).prev_sample
+        seen = solver.scale_model_input(x if guidance == 1 else torch.cat([x, x]), t)
+        predicted = network(seen, t, None)
+        if guidance != 1:
+            without, with_text = predicted.chunk(2)
+            predicted = without + guidance * (with_text - without)
+        x = solver.step(predicted, t, x, **settings).prev_sample
     return x
+
+
+def inside(network: Fixed, calls: int, draws: int, z: Tensor) -> Tensor:
+    """What a run has in common with any other way to do it: the network's calls and the draws."""
+    noise = fresh_noise(z)
+    for i in range(draws):
+        noise(i)
+    for _ in range(calls):
+        network(z, z, None)
+    return z
 
 
 def fresh_noise(z: Tensor) -> Noise:
@@ -161,14 +189,17 @@ def milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def line(run: dict[str, Any]) -> str:
-    """One row: medians with ranges, and the ratio of the medians."""
+    """One row: medians of the time outside the network, with the ranges of whole runs, and the ratio of the medians."""
+    median = {key: statistics.median(values) for key, values in run["milliseconds"].items()}
+    outside = {who: median[who] - median[f"{who}_inside"] for who in ("ours", "theirs")}
     told = []
-    for key in ("ours", "theirs", "sampler_alone"):
-        values = run["milliseconds"][key]
-        told.append(f"{key} {statistics.median(values):7.2f} ({min(values):.2f} to {max(values):.2f})")
-    ratio = statistics.median(run["milliseconds"]["theirs"]) / statistics.median(run["milliseconds"]["ours"])
+    for who, value in outside.items():
+        whole = run["milliseconds"][who]
+        told.append(f"{who} {value:6.2f} (whole runs {min(whole):.2f} to {max(whole):.2f})")
     head = f"{run['sampler']:16} batch {run['batch']}"
-    return f"{head}  ms: {'  '.join(told)}  {ratio:5.1f} times  |d| {run['difference']:.1g}"
+    return (
+        f"{head}  ms: {'  '.join(told)}  ratio {outside['ours'] / outside['theirs']:.2f}  |d| {run['difference']:.1g}"
+    )
 
 
 def about(device: str) -> dict[str, Any]:

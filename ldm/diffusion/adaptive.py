@@ -27,6 +27,10 @@ STAGES = (
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
+class ToleranceError(RuntimeError):
+    """A sample did not reach the end to the tolerance asked for."""
+
+
 def dormand_prince(
     slope: Callable[[float, Tensor], Tensor], x: Tensor, k_1: Tensor, t: float, h: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +68,7 @@ def integrate(
     & Wanner 1993, section II.4). `taken` is told t after each step taken.
 
     Raises:
-        RuntimeError: max_steps, taken or not, did not reach the end, or the error is not a number.
+        ToleranceError: max_steps, taken or not, did not reach the end, or the error is not a number.
     """
     direction, h, k = (1 if end >= t else -1), first_step, slope(t, x)
     for _ in range(max_steps):
@@ -82,7 +86,7 @@ def integrate(
         h *= min(5.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2)) if error == error else 0.2
     if t == end:
         return x, k
-    raise RuntimeError(
+    raise ToleranceError(
         f"ODE: {max_steps} steps reached {t:.6g} on the way to {end:.6g}, with steps of {abs(h):.3g}; the "
         f"tolerance {tolerance} may be below the network's rounding error: raise it, or give the network more precision"
     )
@@ -109,11 +113,12 @@ def ode_adaptive(
 
     Raises:
         ValueError: a tolerance that is not above 0.
-        RuntimeError: as integrate.
+        ToleranceError: as integrate.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance: found {tolerance}, expected more than 0")
-    levels, dtype, x = levels_of(sigmas), x.dtype, x.double()
+    levels, dtype = levels_of(sigmas), x.dtype
+    x = x.double()  # Whatever its dtype: errors are estimated as differences, in which float32 would leave rounding.
     asked = passed = 0
 
     def slope(sigma: float, x: Tensor) -> Tensor:
@@ -134,8 +139,9 @@ def ode_adaptive(
         x = torch.lerp(x - sigma * slope(sigma, x), x, levels[1] / sigma)
         sigma = levels[1]
         reached(sigma)
+    below = next((level for level in levels if level < sigma), end)
     x, k = integrate(
-        slope, x, sigma, end, first_step=levels[passed + 1] - sigma, tolerance=tolerance, max_steps=max_steps,
+        slope, x, sigma, end, first_step=below - sigma, tolerance=tolerance, max_steps=max_steps,
         taken=reached,
     )  # fmt: skip
     if levels[-1] == 0:

@@ -1,7 +1,8 @@
 """Ancestral samplers and DDIM: DDPM's chain with three variances, and its deterministic limit in both directions.
 
-Enters and leaves: as sampler_contract.py says; Analytic-DPM takes clean latents once, for its variances, and inversion
-walks from latents to noise. Variance-exploding coordinates: x_t = x0 + sigma_t noise, which is Ho's x_t / alpha_t.
+Enters and leaves: as sampler_contract.py says; with learned variance predict(x, sigma) enters for denoise, Analytic-DPM
+takes clean latents once, for its variances, and inversion walks from latents to noise. Variance-exploding coordinates:
+x_t = x0 + sigma_t noise, which is Ho's x_t / alpha_t.
 """
 
 import math
@@ -11,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.denoiser import Denoise, Predict
 from ldm.diffusion.process import TERMINAL_SIGMA
 from ldm.diffusion.sampler_contract import Noise, Progress, evaluate, given, levels_of, steps
+from ldm.diffusion.variance import learned_log_variance, log_variance_bounds
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def ddpm(
     """
     if variance not in ("beta_tilde", "beta"):
         raise ValueError(f"variance: found {variance!r}, expected 'beta_tilde' or 'beta'")
-    draw, dtype, x = given(noise, "ddpm"), x.dtype, x.double()
+    draw = given(noise, "ddpm")
     for i, sigma, sigma_next in steps(sigmas, progress):
         denoised = evaluate(denoise, x, sigma)
         x = torch.lerp(denoised, x, (sigma_next / sigma) ** 2)
@@ -42,7 +44,42 @@ def ddpm(
             beta = (sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)
             beta_tilde = (sigma**2 - sigma_next**2) * sigma_next**2 / sigma**2
             x.add_(draw(i).to(x), alpha=math.sqrt(beta if variance == "beta" else beta_tilde))
-    return x.to(dtype)
+    return x
+
+
+@torch.no_grad()
+def ddpm_learned(
+    predict: Predict,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """`ddpm` with the variance that the network learned, element by element (Nichol & Dhariwal 2021, Eq. 15).
+
+    Over a step longer than those of training the two bounds are the longer step's, and the share between them is what
+    the network says of its own (their section 4). No noise in the last step.
+
+    Args:
+        predict: (x, sigma) -> Prediction of a network with 2C channels: denoiser.predictor, guided or not.
+
+    Raises:
+        ValueError: of a network with C channels.
+    """
+    draw = given(noise, "ddpm")
+    for i, sigma, sigma_next in steps(sigmas, progress):
+        x0, raw = predict(x, torch.full((x.shape[0],), sigma, dtype=torch.float64))
+        if raw is None:
+            raise ValueError(
+                "variance: found 'learned', but the network puts out no second half; expected 'beta_tilde' or 'beta'"
+            )
+        x = torch.lerp(x0, x, (sigma_next / sigma) ** 2)
+        if sigma_next > 0:
+            # Of 0-dimensional tensors on the CPU, which join those of any device.
+            low, high = log_variance_bounds(*torch.tensor([sigma, sigma_next], dtype=torch.float64))
+            x.addcmul_(draw(i).to(x), (learned_log_variance(raw, low, high) / 2).exp())
+    return x
 
 
 @torch.no_grad()
@@ -61,7 +98,7 @@ def euler_ancestral(
     `eta` in [0, 1]. With eta 1 it is ddpm with beta_tilde, with another ddim with that eta, in other words.
     """
     check_eta(eta)
-    draw, dtype, x = given(noise, "euler_ancestral"), x.dtype, x.double()
+    draw = given(noise, "euler_ancestral")
     for i, sigma, sigma_next in steps(sigmas, progress):
         denoised = evaluate(denoise, x, sigma)
         ratio = sigma_next / sigma
@@ -71,7 +108,7 @@ def euler_ancestral(
         x = torch.lerp(denoised, x, sigma_down / sigma)  # x + (sigma_down - sigma) (x - denoised) / sigma
         if sigma_next > 0:
             x.add_(draw(i).to(x), alpha=sigma_up)
-    return x.to(dtype)
+    return x
 
 
 @torch.no_grad()
@@ -86,7 +123,6 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, Eq. 12 and 16): eta 0 is deterministic, 1 is ddpm with beta_tilde; order 1."""
     check_eta(eta)
-    dtype, x = x.dtype, x.double()
     draw = given(noise, "ddim with eta > 0") if eta > 0 else None
     for i, sigma, sigma_next in steps(sigmas, progress):
         denoised = evaluate(denoise, x, sigma)
@@ -97,7 +133,7 @@ def ddim(
         x = torch.lerp(denoised, x, kept / sigma)
         if draw is not None and sigma_next > 0:
             x.add_(draw(i).to(x), alpha=fresh)
-    return x.to(dtype)
+    return x
 
 
 @torch.no_grad()
@@ -116,7 +152,6 @@ def ddim_inversion(
     """
     if refinements < 0:
         raise ValueError(f"refinements: found {refinements}, expected 0 or more")
-    dtype, x = x.dtype, x.double()
     upwards = levels_of(sigmas)[::-1]
     if upwards[0] == 0 and upwards[1] >= TERMINAL_SIGMA:
         raise ValueError(f"sigmas: found {upwards[::-1]}, expected a level between the terminal one and 0")
@@ -133,7 +168,7 @@ def ddim_inversion(
             x = above
         if progress is not None:
             progress(i + 1, len(upwards) - 1)
-    return x.to(dtype)
+    return x
 
 
 @torch.no_grad()
@@ -180,7 +215,7 @@ def analytic_dpm(
     Raises:
         ValueError: no variances, or of another number of levels.
     """
-    draw, dtype, x = given(noise, "analytic_dpm"), x.dtype, x.double()
+    draw = given(noise, "analytic_dpm")
     count = len(levels_of(sigmas)) - 1
     if variances is None or variances.shape != (count,):
         found = None if variances is None else tuple(variances.shape)
@@ -197,7 +232,7 @@ def analytic_dpm(
             beta_tilde = sigma_next**2 * (1 - ratio)
             optimal = beta_tilde + (1 - ratio) ** 2 * min(max(posterior[i], 0.0), sigma**2)
             x.add_(draw(i).to(x), alpha=math.sqrt(optimal))
-    return x.to(dtype)
+    return x
 
 
 def check_eta(eta: float) -> None:

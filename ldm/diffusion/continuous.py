@@ -43,17 +43,17 @@ class ContinuousScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"noise.kind: found {self.kind!r}, expected one of {[*KINDS]}")
+            raise ValueError(f"continuous_noise.kind: found {self.kind!r}, expected one of {[*KINDS]}")
         if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(
-                f"noise.beta_min, noise.beta_max: found {self.beta_min}, {self.beta_max}, "
+                f"continuous_noise.beta_min, continuous_noise.beta_max: found {self.beta_min}, {self.beta_max}, "
                 "expected 0 < beta_min <= beta_max"
             )
         low = 0.0 if self.sigma_min is None else self.sigma_min
         high = TERMINAL_SIGMA if self.sigma_max is None else self.sigma_max
         if not (0 <= low < high <= TERMINAL_SIGMA and (self.sigma_min is None or self.sigma_min > 0)):
             raise ValueError(
-                f"noise.sigma_min, noise.sigma_max: found {self.sigma_min}, {self.sigma_max}, "
+                f"continuous_noise.sigma_min, continuous_noise.sigma_max: found {self.sigma_min}, {self.sigma_max}, "
                 f"expected 0 < sigma_min < sigma_max <= {TERMINAL_SIGMA:.0f}, which stands for pure noise"
             )
 
@@ -72,13 +72,14 @@ class ContinuousSchedule(ForwardProcess):
             low, high = self._level_of_time(torch.tensor([1e-5, 1.0], dtype=torch.float64)).tolist()
             if (config.sigma_max or 0) > high * (1 + 1e-12):
                 raise ValueError(
-                    f"noise.sigma_max: found {config.sigma_max}, expected at most {high:.6g}, vp's at t = 1"
+                    f"continuous_noise.sigma_max: found {config.sigma_max}, expected at most {high:.6g}, vp's at t = 1"
                 )
         self.sigma_min = low if config.sigma_min is None else config.sigma_min
         self.sigma_max = high if config.sigma_max is None else config.sigma_max
         if not self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"noise.sigma_min: found {self.sigma_min:.6g}, expected less than the highest, {self.sigma_max:.6g}"
+                f"continuous_noise.sigma_min: found {self.sigma_min:.6g}, expected less than the highest, "
+                f"{self.sigma_max:.6g}"
             )
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
         self.t_min, self.t_max = self._time_of_level(ends).tolist()

@@ -122,11 +122,15 @@ class Blur:
             raise ValueError(f"deviations: found {[*deviations]}, expected them to ascend from above 0")
         self.levels = len(deviations)
         self._size = (height, width)
-        self._rows, self._columns = ([gaussian_matrix(size, s) for s in (0.0, *deviations)] for size in self._size)
+        # (T + 1, size, size) of each direction, by device: a copy to an accelerator is waited for, once.
+        tables = [torch.stack([gaussian_matrix(size, s) for s in (0.0, *deviations)]) for size in self._size]
+        self._tables = {torch.device("cpu"): tables}
 
     def __call__(self, x0: Tensor, level: Tensor, noise: Tensor | None = None) -> Tensor:
         check_levels(self, x0, level, self._size)
-        rows, columns = (torch.stack(one).to(x0.device)[level].to(x0.dtype) for one in (self._rows, self._columns))
+        if x0.device not in self._tables:
+            self._tables[x0.device] = [one.to(x0.device) for one in self._tables[torch.device("cpu")]]
+        rows, columns = (one[level].to(x0.dtype) for one in self._tables[x0.device])
         return torch.einsum("bij,bcjk,blk->bcil", rows, x0, columns)
 
 
@@ -192,6 +196,17 @@ def descending_levels(levels: int, step: int) -> list[int]:
     if not 1 <= step <= levels:
         raise ValueError(f"step: found {step}, expected 1 to the {levels} levels of the corruption")
     return [*range(levels, 0, -step), 0]
+
+
+def step_between(levels: int, steps: int) -> int:
+    """Step K from level to level with which T levels take `steps` evaluations, or fewer where K does not divide T.
+
+    Raises:
+        ValueError: no steps, or more than there are levels.
+    """
+    if not 1 <= steps <= levels:
+        raise ValueError(f"steps: found {steps}, expected 1 to the {levels} levels of the corruption")
+    return math.ceil(levels / steps)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ noise; guidance.py makes denoise(x, sigma) of it, which is all that a sampler kn
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,17 +42,19 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 """The same with its conditioning inside."""
 
 
-class Coefficients(NamedTuple):
-    """What a prediction needs of its level: numbers, or of levels that differ tensors that broadcast to x."""
+C = TypeVar("C", float, Tensor)
 
-    time: Coefficient
-    """What the network is told."""
-    alpha: Coefficient
-    """Of the process, as is sigma: x_t = alpha x0 + sigma noise."""
-    sigma: Coefficient
-    b: Coefficient
-    """x0 = (b x_t - sigma output) scale, which is `targets.convert` to x0, without the half that it multiplies by 0."""
-    scale: Coefficient
+
+class Coefficients(NamedTuple, Generic[C]):
+    """x0 = c_skip x + c_out network(c_in x, time) (Karras et al. 2022, Eq. 7), which every target has a form of.
+
+    Numbers, or of levels that differ tensors that broadcast to x. It is `targets.convert` to x0, of x_t = alpha x.
+    """
+
+    time: C
+    c_in: C
+    c_skip: C
+    c_out: C
 
 
 def denoiser(
@@ -64,7 +66,7 @@ def denoiser(
     parameters, and the time of sigma, float32 at least (bf16 would round 999 to 1000) and fractional between training
     timesteps; the result has x's dtype and device. sigma is best given on the CPU, as samplers do: its check and its
     timestep then never wait for an accelerator. All of a batch at one level costs least: what is computed of a level is
-    remembered, with the same results bit for bit. At TERMINAL_SIGMA, the terminal timestep of a zero-SNR schedule, the
+    remembered, and the same up to rounding. At TERMINAL_SIGMA, the terminal timestep of a zero-SNR schedule, the
     network sees the start noise alone. Of a network with 2C channels the first half is used (`predictor` has both).
 
     Args:
@@ -88,68 +90,70 @@ def predictor(
     check_path(parameterization, schedule)
     schedule, known = _on_cpu(schedule)
     first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-
-    def coefficients(x: Tensor, sigma: Tensor) -> Coefficients:
-        levels = sigma.tolist()
-        if len(set(levels)) == 1 and not sigma.requires_grad:
-            return known(levels[0], x.dtype, parameterization, sigma_data)
-        mixed = _coefficients(schedule, sigma, x.dtype, parameterization, sigma_data)
-        shape = (-1, *[1] * (x.ndim - 1))
-        scales = (c.to(x.device).view(shape) if isinstance(c, Tensor) else c for c in mixed[1:])
-        return Coefficients(mixed.time, *scales)
+    dtype = None if first is None else first.dtype
 
     def predict(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Prediction:
-        dtype = x.dtype if first is None else first.dtype
-        at = coefficients(x, sigma)
-        told = torch.promote_types(dtype, torch.float32)
-        if isinstance(at.time, Tensor):
-            time = at.time.to(x.device, told)
-        else:
+        seen = x.dtype if dtype is None else dtype
+        told = torch.promote_types(seen, torch.float32)
+        levels = sigma.tolist()
+        at: Coefficients[float] | Coefficients[Tensor]
+        if len(set(levels)) == 1 and not sigma.requires_grad:
+            at = known(levels[0], parameterization, sigma_data)
             time = torch.full(sigma.shape, at.time, dtype=told, device=x.device)
-        x_t = x * at.alpha
-        seen = x_t
-        if parameterization == "edm":
-            # Tensors, because an accelerator divides by a number as it multiplies by the inverse, which rounds twice.
-            alpha, sigma_t = (c if isinstance(c, Tensor) else x_t.new_full((), c) for c in (at.alpha, at.sigma))
-            seen = network_input(parameterization, x_t, alpha, sigma_t, sigma_data)
-        output, raw = halves(network(seen.to(dtype), time, conditioning), x.shape[1])
-        if parameterization == "x0":
-            x0 = output.to(x.dtype)
         else:
-            # In place in a copy of the output: each new tensor would cost more than the arithmetic in it.
-            x0 = torch.empty_like(x_t).copy_(output).mul_(-at.sigma)
-            x0.add_(x_t if isinstance(at.b, float) and at.b == 1 else x_t * at.b).mul_(at.scale)
-        return Prediction(x0, None if raw is None else raw.to(x.dtype))
+            mixed = _coefficients(schedule, sigma, parameterization, sigma_data)
+            time, shape = mixed.time.to(x.device, told), (-1, *[1] * (x.ndim - 1))
+            at = Coefficients(time, *(c.to(x).view(shape) for c in mixed[1:]))
+        output, raw = halves(network(_in(seen, x * at.c_in), time, conditioning), x.shape[1])
+        output = _in(x.dtype, output)
+        x0 = output if parameterization == "x0" else _combine(x, at.c_skip, output, at.c_out)
+        return Prediction(x0, None if raw is None else _in(x.dtype, raw))
 
     return predict
 
 
-_KNOWN: WeakKeyDictionary[ForwardProcess, tuple[ForwardProcess, Callable[..., Coefficients]]] = WeakKeyDictionary()
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """x in that dtype; asked first, as a conversion that changes nothing costs a quarter of an addition."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _combine(x: Tensor, c_skip: Coefficient, output: Tensor, c_out: Coefficient) -> Tensor:
+    """c_skip x + c_out output in one pass or two: each costs as much as all that is computed on the host."""
+    if isinstance(c_out, Tensor):
+        return torch.addcmul(x * c_skip, output, c_out)
+    return torch.add(x, output, alpha=c_out) if c_skip == 1 else (x * c_skip).add_(output, alpha=c_out)
+
+
+_KNOWN: WeakKeyDictionary[ForwardProcess, tuple[ForwardProcess, Callable[..., Coefficients[float]]]] = (
+    WeakKeyDictionary()
+)
 """What _on_cpu returned, while the schedule lives, which nobody changes in place. Runs visit the same levels again and
 again, each time with a new denoiser, and the coefficients of a level cost as much as several steps of a sampler."""
 
 
-def _on_cpu(schedule: ForwardProcess) -> tuple[ForwardProcess, Callable[..., Coefficients]]:
-    """The schedule on the CPU, and (level, dtype, parameterization, sigma_data) -> Coefficients, which remembers."""
+def _on_cpu(schedule: ForwardProcess) -> tuple[ForwardProcess, Callable[..., Coefficients[float]]]:
+    """The schedule on the CPU, and (level, parameterization, sigma_data) -> Coefficients, which remembers."""
     if schedule not in _KNOWN:
         copied = schedule.to("cpu")  # Never the schedule itself, which would then live as long as what is known of it.
 
         @lru_cache(maxsize=1024)
-        def known(level: float, dtype: torch.dtype, parameterization: str, sigma_data: float) -> Coefficients:
+        def known(level: float, parameterization: str, sigma_data: float) -> Coefficients[float]:
             one = torch.tensor([level], dtype=torch.float64)
-            return Coefficients(*map(float, _coefficients(copied, one, dtype, parameterization, sigma_data)))
+            return Coefficients(*map(float, _coefficients(copied, one, parameterization, sigma_data)))
 
         _KNOWN[schedule] = copied, known
     return _KNOWN[schedule]
 
 
 def _coefficients(
-    schedule: ForwardProcess, sigma: Tensor, dtype: torch.dtype, parameterization: str, sigma_data: float
-) -> Coefficients:
-    """Of levels (N,): time in float64, the others in x's dtype, all (N,) on the CPU; raises as schedule.timestep."""
+    schedule: ForwardProcess, sigma: Tensor, parameterization: str, sigma_data: float
+) -> Coefficients[Tensor]:
+    """Of levels (N,): (N,) each, float64 on the CPU; raises as schedule.timestep."""
     sigma = sigma.to("cpu", torch.float64)
     time = schedule.network_time(schedule.timestep(sigma))
     alpha = schedule.path.alpha(sigma)
-    alpha, sigma = alpha.to(dtype), (alpha * sigma).to(dtype)
+    sigma = alpha * sigma
     _, b = TARGETS[parameterization](alpha, sigma, sigma_data)
-    return Coefficients(time, alpha, sigma, b, 1 / determinant(parameterization, alpha, sigma, sigma_data))
+    c_in = network_input(parameterization, alpha, alpha, sigma, sigma_data)  # of x_t = alpha, which is x = 1
+    whole = determinant(parameterization, alpha, sigma, sigma_data)
+    return Coefficients(time, c_in, b * alpha / whole, -sigma / whole)

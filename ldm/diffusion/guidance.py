@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.denoiser import Denoise, Denoiser, Predict, Prediction, Predictor
 from ldm.models.conditioning import Conditioning
 
 
@@ -37,22 +37,52 @@ def guided(
             from (None: a model that knows one conditioning only), or with another number of samples in it.
     """
     check_scale(scale)
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance: found rescale {rescale}, expected 0 to 1")
+    check_rescale(rescale)
     if scale == 1:
         return unguided(denoiser, conditioning)
     both = Conditioning.cat([check_unconditional(unconditional, conditioning, scale), conditioning])
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        without, with_text = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        result = without + scale * (with_text - without)
-        if rescale:
-            dims = tuple(range(1, x.ndim))
-            ratio = with_text.std(dims, keepdim=True) / result.std(dims, keepdim=True)
-            result = result * (rescale * ratio + (1 - rescale))
-        return result
+        return _led(denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both), scale, rescale)
 
     return denoise
+
+
+def guided_prediction(
+    predictor: Predictor,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    scale: float,
+    rescale: float = 0.0,
+) -> Predict:
+    """`guided`, and with it the variance half: raw_u + scale (raw_c - raw_u), which `rescale` leaves as it is.
+
+    What guidance samples from is p_u^(1 - scale) p_c^scale, whose precision is linear in theirs, and so to first order
+    is its log-variance, which raw is linear in: as diffusers' StableDiffusionPipeline guides all that the network puts
+    out. Raises as `guided`.
+    """
+    check_scale(scale)
+    check_rescale(rescale)
+    if scale == 1:
+        return lambda x, sigma: predictor(x, sigma, conditioning)
+    both = Conditioning.cat([check_unconditional(unconditional, conditioning, scale), conditioning])
+
+    def predict(x: Tensor, sigma: Tensor) -> Prediction:
+        x0, raw = predictor(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+        return Prediction(_led(x0, scale, rescale), None if raw is None else _led(raw, scale, 0.0))
+
+    return predict
+
+
+def _led(both: Tensor, scale: float, rescale: float) -> Tensor:
+    """Guidance of the unconditional and the conditional half of a batch, in this order: (2 B, ...) -> (B, ...)."""
+    without, with_text = both.chunk(2)
+    result = torch.lerp(without, with_text, scale)
+    if rescale:
+        dims = tuple(range(1, both.ndim))
+        ratio = with_text.std(dims, keepdim=True) / result.std(dims, keepdim=True)
+        result = result * (rescale * ratio + (1 - rescale))
+    return result
 
 
 def perpendicular(
@@ -107,8 +137,7 @@ def autoguided(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
         return strong
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        weaker = weak(x, sigma)
-        return weaker + scale * (strong(x, sigma) - weaker)
+        return torch.lerp(weak(x, sigma), strong(x, sigma), scale)
 
     return denoise
 
@@ -132,6 +161,12 @@ def in_interval(inside: Denoise, outside: Denoise, low: float, high: float) -> D
         return (inside if lies_inside == {True} else outside)(x, sigma)
 
     return denoise
+
+
+def check_rescale(rescale: float) -> None:
+    """Raises ValueError unless the share of rescaling is in [0, 1]."""
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance: found rescale {rescale}, expected 0 to 1")
 
 
 def check_scale(scale: float) -> None:

@@ -40,7 +40,7 @@ def predictor_corrector(
         raise ValueError(
             f"predictor_corrector: found corrector_steps {corrector_steps}, snr {snr}, expected 0 or more, 0 < snr < 1"
         )
-    draw, dtype, x = given(noise, "predictor_corrector"), x.dtype, x.double()
+    draw = given(noise, "predictor_corrector")
     for i, sigma, sigma_next in steps(sigmas, progress):
         first = i * (1 + corrector_steps)
         ratio = (sigma_next / sigma) ** 2
@@ -55,7 +55,7 @@ def predictor_corrector(
             norms = [torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (z, score)]
             epsilon = 2 * (snr * norms[0] / norms[1]) ** 2
             x = x + epsilon * score + (2 * epsilon).sqrt() * z
-    return x.to(dtype)
+    return x
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def annealed_langevin(
             f"annealed_langevin: found langevin_steps {langevin_steps}, step_size {step_size}, "
             "expected 1 or more, 0 < step_size < 4"
         )
-    draw, dtype, x = given(noise, "annealed_langevin"), x.dtype, x.double()
+    draw = given(noise, "annealed_langevin")
     for i, sigma, sigma_next in steps(sigmas, progress):
         if sigma_next == 0 or sigma >= TERMINAL_SIGMA:
             x = torch.lerp(evaluate(denoise, x, sigma), x, sigma_next / sigma)
@@ -96,4 +96,4 @@ def annealed_langevin(
             # x + alpha / 2 score + sqrt(alpha) z
             x = torch.lerp(x, evaluate(denoise, x, sigma_next), step_size / 2)
             x.add_(draw(i * langevin_steps + t).to(x), alpha=math.sqrt(step_size) * sigma_next)
-    return x.to(dtype)
+    return x

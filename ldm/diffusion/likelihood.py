@@ -2,12 +2,15 @@
 
 Enters: predict(x, sigma) of a trained network (denoiser.predictor with its conditioning), latents, keyed noise. Leaves:
 every term of the bound in nats for each sample, their sum, and bits per dimension; ode_likelihood.py is exact instead.
+
+Information is what a level of noise leaves of unit normal latents, y = log(1 + SNR) = log(1 + sigma^-2), twice their
+nats: each unit of it costs a perfect network of such latents half a nat, up to pure noise, where y is 0. So terms are
+drawn, and integrals taken, over y.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +18,13 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoise, Predict, Prediction
 from ldm.diffusion.process import ForwardProcess
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.variance import learned_log_variance, step_bounds, step_nats
+from ldm.diffusion.variance import VarianceName, learned_log_variance, step_bounds, step_nats
 
-VarianceName = Literal["beta_tilde", "beta", "learned"]
 TermNoise = Callable[[int], Tensor]
-"""Timestep or node -> unit normal noise (B, C, H, W); the caller's, addressed by seed, sample and this integer."""
+"""Number of a term -> unit normal noise (B, C, H, W); the caller's, addressed by seed, sample and this integer.
+
+0 is the decoder's; the others count from clean to noisy: timesteps where all are evaluated, else rows or nodes from 1.
+"""
 
 
 @dataclass
@@ -29,7 +34,9 @@ class Bound:
     prior: Tensor
     """L_T, (B,): the divergence of q(x_T | x0) from the prior."""
     steps: Tensor
-    """(N, B), the terms between: L_{t-1} of t = T-1, ..., 1, or the integral's parts from noisy to clean."""
+    """(N, B), the terms between: L_{t-1} of t = T-1, ..., 1, or the sum's or integral's parts from noisy to clean."""
+    times: Tensor
+    """(N, B), the time of the schedule that each of these was evaluated at."""
     reconstruction: Tensor
     """L_0, (B,): minus the log-density of the latents under the decoder; may be negative."""
     dimensions: int
@@ -61,6 +68,37 @@ def prior_nats(x0: Tensor, sigma_max: float) -> Tensor:
     return (x0.square().sum(1) / (1 + sigma_max**2) + x0.shape[1] * shrink) / 2
 
 
+@dataclass(frozen=True)
+class ChosenTimesteps:
+    """Timesteps that stand for all of t = 1, ..., T - 1."""
+
+    t: Tensor
+    """(N, B) int64, from clean to noisy in each column."""
+    shares: Tensor
+    """(N, B) float64: how many timesteps each stands for, so that sums times shares have the whole sum's mean."""
+
+
+def choose_timesteps(schedule: Schedule, u: Tensor) -> ChosenTimesteps:
+    """One timestep in each of N equal parts of the information between the schedule's ends, drawn by u.
+
+    A part takes t with a probability that is the information which t loses in it. So the sum of terms times shares has
+    no bias, and for unit normal latents, of which each term is half its information, no error.
+
+    Args:
+        u: (N, B) in [0, 1), the draws, a column for each sample.
+    """
+    y = information(schedule.sigma_hat(torch.arange(schedule.num_timesteps))).to(u.device)  # descending
+    part = (y[0] - y[-1]) / len(u)
+    place = torch.arange(len(u), device=u.device)[:, None] + u.double()
+    t = torch.searchsorted(-y, part * place - y[0], right=True).clamp(1, schedule.num_timesteps - 1)
+    return ChosenTimesteps(t, part / (y[t - 1] - y[t]))
+
+
+def information(sigma: Tensor) -> Tensor:
+    """log(1 + SNR) of levels: twice the nats, in each element, that they leave of unit normal latents."""
+    return torch.log1p(sigma.double() ** -2)
+
+
 @torch.no_grad()
 def elbo(
     predict: Predict,
@@ -69,53 +107,64 @@ def elbo(
     noise: TermNoise,
     *,
     variance: VarianceName = "beta",
-    at: Sequence[int] | None = None,
+    at: ChosenTimesteps | None = None,
 ) -> Bound:
     """Terms of the variational bound of a discrete model (Ho et al. 2020, Eq. 5): one evaluation for each timestep.
 
     L_0 is the Gaussian decoder's density, with the step's own variance (variance.step_bounds). Computed in float64.
+    From the squared error of x0 is taken the part of it that the noise alone makes in unit normal latents, less its
+    known mean: the terms' mean is the same, and the error of one draw a tenth.
 
     Args:
         predict: (x, sigma) -> Prediction; `lambda x, sigma: Prediction(denoise(x, sigma), None)` of a denoiser.
-        noise: t -> noise (B, C, H, W) of x_t; the terms' expectation is over it.
+        noise: number of a term -> noise (B, C, H, W) of x_t; the terms' expectation is over it.
         variance: of the model's reverse steps; "learned" needs a network with 2C channels. DDPM's "beta" gives the
             better bound of the fixed ones where T is large, because data is wide compared with the noise of most steps.
-        at: timesteps to evaluate, 0 and others, each of these standing for an equal share of t = 1, ..., T - 1: an
-            estimate with fewer evaluations. Unset: all.
+        at: timesteps of `choose_timesteps` to evaluate beside 0: an estimate with fewer evaluations. Unset: all.
 
     Raises:
-        ValueError: an unknown variance, "learned" of a network without, timesteps out of range or without 0.
+        ValueError: an unknown variance, "learned" of a network without, timesteps out of range or of other samples.
     """
     if variance not in ("beta_tilde", "beta", "learned"):
         raise ValueError(f"variance: found {variance!r}, expected one of ['beta_tilde', 'beta', 'learned']")
-    inner = schedule.num_timesteps - 1
-    chosen = sorted(range(schedule.num_timesteps) if at is None else set(at), reverse=True)
-    if len(chosen) < 2 or chosen[-1] != 0 or chosen[0] > inner:
-        raise ValueError(f"at: found {chosen}, expected 0 and other timesteps up to {inner}")
-    x0 = x0.double()
+    x0, last = x0.double(), schedule.num_timesteps - 1
     schedule = schedule.to(x0.device)
+    if at is None:
+        t = torch.arange(1, last + 1, device=x0.device)[:, None].expand(-1, len(x0))
+        shares = torch.ones_like(t, dtype=torch.float64)
+    else:
+        t, shares = at.t.to(x0.device), at.shares.to(x0.device)
+    if not len(t) or t.shape[1:] != x0.shape[:1] or int(t.min()) < 1 or int(t.max()) > last:
+        raise ValueError(f"at: found timesteps {tuple(t.shape)}, expected (N, {len(x0)}) from 1 to {last}")
     terms = [
-        _term(predict, schedule, x0, noise(t).to(x0), torch.full((len(x0),), t, device=x0.device), variance)
-        for t in chosen
+        _term(predict, schedule, x0, noise(row + 1).to(x0), t[row], variance) * shares[row]
+        for row in reversed(range(len(t)))
     ]
-    share = inner / (len(chosen) - 1)
-    steps = torch.stack(terms[:-1]) * share
-    return Bound(prior_nats(x0, schedule.sigma_max), steps, terms[-1], x0[0].numel())
+    reconstruction = _term(predict, schedule, x0, noise(0).to(x0), torch.zeros_like(t[0]), variance)
+    return Bound(prior_nats(x0, schedule.sigma_max), torch.stack(terms), t.flip(0), reconstruction, x0[0].numel())
 
 
 def _term(predict: Predict, schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor, variance: VarianceName) -> Tensor:
-    """The bound's term at timestep t, (B,) nats."""
+    """The bound's term at timesteps t (B,), (B,) nats."""
     shape = (-1, *[1] * (x0.ndim - 1))
     sigma = schedule.sigma_hat(t)
     predicted, raw = predict(x0 + sigma.view(shape) * noise, sigma.cpu())
     low, high = (bound.view(shape) for bound in step_bounds(schedule, t))
-    if variance == "learned":
-        if raw is None:
-            raise ValueError("variance: found 'learned', but the network puts out no second half; expected 'beta'")
-        log_variance = learned_log_variance(raw.double(), low, high)
-    else:
-        log_variance = high if variance == "beta" else low
-    return step_nats(schedule, t, (x0 - predicted.double()).square(), log_variance).flatten(1).sum(1)
+    error, known = (x0 - predicted.double()).square(), _known_error(sigma.view(shape), noise)
+    if variance != "learned":
+        nats = step_nats(schedule, t, error - known, high if variance == "beta" else low)
+        return nats.flatten(1).sum(1)
+    if raw is None:
+        raise ValueError("variance: found 'learned', but the network puts out no second half; expected 'beta'")
+    nats = step_nats(schedule, t, error, learned_log_variance(raw.double(), low, high))
+    # Divided by a variance that the noise does not change: only then is the mean of what is taken away 0.
+    known_nats = step_nats(schedule, t, known, high) - step_nats(schedule, t, torch.zeros_like(known), high)
+    return (nats - known_nats).flatten(1).sum(1)
+
+
+def _known_error(sigma: Tensor | float, noise: Tensor) -> Tensor:
+    """The noise's part sigma^2 noise^2 / (1 + sigma^2)^2 of unit normal latents' squared error, less its mean."""
+    return (sigma / (1 + sigma**2)) ** 2 * (noise**2 - 1)
 
 
 @torch.no_grad()
@@ -124,39 +173,42 @@ def continuous_bound(
 ) -> Bound:
     """The bound in the limit of infinitely many steps, which no schedule between its ends changes (Kingma et al. 2021).
 
-    1/2 the integral of E |noise - predicted noise|^2 over log-SNR (their Eq. 17), by Gauss-Legendre nodes between the
-    schedule's ends; the decoder at the lowest level is N(D(x), v) with v = sigma_min^2 / (1 + sigma_min^2), exact for
-    unit normal data as DDPM's beta_0.
+    1/2 the integral of E |x0 - D(x)|^2 over the SNR (their section 5.1), by Gauss-Legendre nodes in the information
+    between the schedule's ends, which takes pure noise as any other; the decoder at the lowest level is N(D(x), v) with
+    v = sigma_min^2 / (1 + sigma_min^2), exact for unit normal data as DDPM's beta_0. Noise's known part of the errors
+    is taken away as in `elbo`.
 
     Args:
-        noise: node 0, ..., nodes -> noise (B, C, H, W); the last is the decoder's.
+        noise: node 1, ..., nodes, from clean to noisy, and 0 for the decoder -> noise (B, C, H, W).
 
     Raises:
-        ValueError: no nodes, or a schedule that ends in pure noise, where the integral has no upper end.
+        ValueError: no nodes.
     """
     if nodes < 1:
         raise ValueError(f"nodes: found {nodes}, expected 1 or more")
-    if schedule.zero_terminal_snr:
-        raise ValueError("the schedule ends in pure noise, at log-SNR -inf; expected one with a finite sigma_max")
     x0 = x0.double()
-    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
+    y_max, y_min = (math.log1p(sigma**-2) for sigma in (schedule.sigma_min, schedule.sigma_max))
     points, weights = gauss_legendre(nodes)
-    steps = []
-    for node in reversed(range(nodes)):
-        sigma = math.exp(low + (high - low) * (points[node] + 1) / 2)
-        error = _squared_error(denoise, x0, noise(node).to(x0), sigma) / sigma**2
-        # log-SNR is -2 log sigma, and its half cancels.
-        steps.append(weights[node] * (high - low) / 2 * error)
+    steps, levels = [], []
+    for node in range(nodes):  # from noisy to clean
+        y = y_min + (y_max - y_min) * (points[node] + 1) / 2
+        levels.append(math.expm1(y) ** -0.5)
+        error = _squared_error(denoise, x0, noise(nodes - node).to(x0), levels[-1])
+        # dSNR = (1 + SNR) dy
+        steps.append(weights[node] * (y_max - y_min) / 2 * math.exp(y) * error / 2)
     v = schedule.sigma_min**2 / (1 + schedule.sigma_min**2)
-    error = _squared_error(denoise, x0, noise(nodes).to(x0), schedule.sigma_min)
+    error = _squared_error(denoise, x0, noise(0).to(x0), schedule.sigma_min)
     reconstruction = (x0[0].numel() * math.log(2 * math.pi * v) + error / v) / 2
-    return Bound(prior_nats(x0, schedule.sigma_max), torch.stack(steps), reconstruction, x0[0].numel())
+    times = schedule.nearest(torch.tensor(levels, dtype=torch.float64))[:, None].expand(-1, len(x0))
+    return Bound(
+        prior_nats(x0, schedule.sigma_max), torch.stack(steps), times.to(x0.device), reconstruction, x0[0].numel()
+    )
 
 
 def _squared_error(denoise: Denoise, x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """|x0 - D(x0 + sigma noise)|^2, (B,)."""
+    """|x0 - D(x0 + sigma noise)|^2 without what is known of it, (B,)."""
     denoised = denoise(x0 + sigma * noise, torch.full((len(x0),), sigma, dtype=torch.float64))
-    return (x0 - denoised.double()).square().flatten(1).sum(1)
+    return ((x0 - denoised.double()).square() - _known_error(sigma, noise)).flatten(1).sum(1)
 
 
 def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:

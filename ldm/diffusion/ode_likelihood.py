@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.adaptive import integrate
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.likelihood import bits_per_dimension
+from ldm.diffusion.separate_steps import integrate_each
 
 
 @dataclass
@@ -25,8 +25,9 @@ class LogDensity:
     """(B, C, H, W): where the ODE takes the latents to, unit normal under the model."""
     dimensions: int
     """Elements of one sample."""
-    evaluations: int
-    """Evaluations of the network, each with a backward pass for each probe, or for each dimension."""
+    evaluations: Tensor
+    """(B,) int64: evaluations of the network that each sample alone needs, each with a backward pass for each probe, or
+    for each dimension."""
 
     @property
     def nats(self) -> Tensor:
@@ -73,12 +74,12 @@ def log_density(
         probes: (K, B, C, H, W) of mean 0 and unit covariance, `rademacher` of keyed noise or normal itself, for
             Hutchinson's estimate of the trace (their Eq. 40): each one backward pass an evaluation. None: the exact
             trace, one backward pass for each element of a sample; for few dimensions.
-        tolerance: of each step, absolute and relative, on z and on the log-density.
-        max_steps: steps tried before the solver gives up.
+        tolerance: of each step, absolute and relative, on z and on the log-density; each sample takes its own steps.
+        max_steps: steps of a sample tried before the solver gives up.
 
     Raises:
         ValueError: levels that do not ascend from above 0, or probes of another shape.
-        RuntimeError: the solver did not reach the tolerance in max_steps.
+        ToleranceError: the solver did not reach the tolerance in max_steps.
     """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma_min, sigma_max: found {sigma_min}, {sigma_max}, expected 0 < sigma_min < sigma_max")
@@ -86,16 +87,13 @@ def log_density(
         raise ValueError(f"probes: found shape {tuple(probes.shape)}, expected (K, {', '.join(map(str, x.shape))})")
     shape, dimensions = x.shape, x[0].numel()
     vectors = _units(x) if probes is None else probes.to(x.device, torch.float64)
-    evaluations = 0
 
-    def slope(angle: float, state: Tensor) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        sine, cosine = math.sin(angle), math.cos(angle)
-        z = state[:, :dimensions].reshape(shape)
-        sigma = torch.full((len(z),), min(max(sine / cosine, sigma_min), sigma_max), dtype=torch.float64)
+    def slope(angle: Tensor, state: Tensor) -> Tensor:
+        sigma = angle.tan().clamp(sigma_min, sigma_max)
+        sine, cosine = angle.sin().to(x.device)[:, None], angle.cos().to(x.device)[:, None]
+        z = state[:, :dimensions]
         with torch.enable_grad():
-            x_sigma = (z / cosine).requires_grad_()
+            x_sigma = (z / cosine).reshape(shape).requires_grad_()
             denoised = denoise(x_sigma, sigma).double()
             products = [_product(denoised, x_sigma, vectors[i], i == len(vectors) - 1) for i in range(len(vectors))]
         traces = torch.stack(products, dim=1)  # (B, K)
@@ -103,20 +101,20 @@ def log_density(
             traces = traces.sum(1, keepdim=True)
         # Of dz/dangle: dD/dz is dD/dx / cosine.
         divergence = (dimensions * cosine - traces / cosine) / sine
-        return torch.cat([((cosine * z - denoised.detach()) / sine).flatten(1), divergence], dim=1)
+        return torch.cat([(cosine * z - denoised.detach().flatten(1)) / sine, divergence], dim=1)
 
     start, end = math.atan(sigma_min), math.atan(sigma_max)
     with torch.no_grad():
         z = (x.double() * math.cos(start)).flatten(1)
         logs = z.new_zeros(len(z), 1 if probes is None else len(vectors))
-        state, _ = integrate(
+        state, steps = integrate_each(
             slope, torch.cat([z, logs], dim=1), start, end, first_step=(end - start) / 100, tolerance=tolerance,
             max_steps=max_steps,
         )  # fmt: skip
     noise, change = state[:, :dimensions], state[:, dimensions:]
     prior = -(noise.square().sum(1) + dimensions * math.log(2 * math.pi)) / 2
     density = prior + change.T + dimensions * math.log(math.cos(start))
-    return LogDensity(density, noise.reshape(shape), dimensions, evaluations)
+    return LogDensity(density, noise.reshape(shape), dimensions, 6 * steps + 1)
 
 
 def _product(denoised: Tensor, x: Tensor, v: Tensor, last: bool) -> Tensor:

@@ -19,10 +19,9 @@ def euler(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None, progress: Progress | None = None
 ) -> Tensor:
     """Euler's method, order 1: x + (sigma_next - sigma) (x - D) / sigma, as a mean of D and x; the steps of ddim."""
-    dtype, x = x.dtype, x.double()
     for _, sigma, sigma_next in steps(sigmas, progress):
         x = torch.lerp(evaluate(denoise, x, sigma), x, sigma_next / sigma)
-    return x.to(dtype)
+    return x
 
 
 @torch.no_grad()
@@ -53,7 +52,6 @@ def heun(
     if s_churn < 0 or s_noise < 0:
         raise ValueError(f"heun: found s_churn {s_churn}, s_noise {s_noise}, expected 0 or more")
     draw = given(noise, "heun with s_churn > 0") if s_churn > 0 else None
-    dtype, x = x.dtype, x.double()
     levels = levels_of(sigmas)
     highest, gamma = levels[0], min(s_churn / (len(levels) - 1), math.sqrt(2) - 1)
     for i, sigma, sigma_next in steps(sigmas, progress):
@@ -65,4 +63,4 @@ def heun(
         if sigma_next > 0 and sigma_hat < TERMINAL_SIGMA:
             # The mean of both slopes, with this Euler step put in, differs from it by this multiple of D' - D.
             x = x.add(evaluate(denoise, x, sigma_next) - denoised, alpha=(sigma_hat - sigma_next) / (2 * sigma_next))
-    return x.to(dtype)
+    return x

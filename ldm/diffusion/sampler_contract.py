@@ -24,7 +24,10 @@ Progress = Callable[[int, int], object]
 
 
 class Sampler(Protocol):
-    """x (B, ...) at level sigmas[0] -> x at level sigmas[-1], in x's dtype; sigmas is (steps + 1,), descending.
+    """x (B, ...) at level sigmas[0] -> x at level sigmas[-1]; sigmas is (steps + 1,), descending.
+
+    Arithmetic is in x's dtype, float32 or float64, which `denoise` and `noise` keep, with coefficients out of float64;
+    the tensors that they return are not changed.
 
     A deterministic sampler draws no noise; a stochastic one raises ValueError without `noise`. A sampler's own settings
     are further keywords with defaults.
@@ -42,8 +45,8 @@ class Sampler(Protocol):
 
 
 def start(noise: Tensor, sigmas: Tensor) -> Tensor:
-    """x at the first level out of unit noise: noise sqrt(1 + sigma_max^2), x's deviation for unit data; float64."""
-    return noise.double() * math.sqrt(1 + float(sigmas[0]) ** 2)
+    """x at the first level out of unit noise: noise sqrt(1 + sigma_max^2), x's deviation for unit data."""
+    return noise * math.sqrt(1 + float(sigmas[0]) ** 2)
 
 
 def levels_of(sigmas: Tensor) -> list[float]:

@@ -1,7 +1,7 @@
 """Samplers: from noise to latents along descending noise levels; one function, and one line in SAMPLERS, each.
 
 Enters: denoise(x, sigma) -> expected x0, x at the first level (`start`), and the levels (`spacing.sigmas`). Leaves: x
-at the last level, 0: the latents. Coordinates are variance-exploding, x = x0 + sigma noise; arithmetic is float64.
+at the last level, 0: the latents. Coordinates are variance-exploding, x = x0 + sigma noise; arithmetic is in x's dtype.
 """
 
 from ldm.diffusion.adaptive import ode_adaptive

@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import ForwardProcess
+from ldm.diffusion.continuous import NETWORK_TIME, ContinuousSchedule
+from ldm.diffusion.process import STRAIGHT, ForwardProcess
 from ldm.diffusion.schedule import Schedule
 
 KARRAS_RHO = 7.0
@@ -60,7 +61,15 @@ def linspace(schedule: ForwardProcess, steps: int) -> Tensor:
 
 
 def linspace_multistep(schedule: ForwardProcess, steps: int) -> Tensor:
-    """linspace with a step more, without its last: as diffusers' multistep schedulers have it."""
+    """linspace with a step more, without its last: as diffusers' multistep schedulers have it.
+
+    On the straight path of flow matching, where theirs run to t = 0 from 0.999: 0.999 (1 - i/S), i = 0, ..., S - 1.
+    """
+    if isinstance(schedule, ContinuousSchedule) and schedule.path is STRAIGHT:
+        t = torch.linspace(1 - 1 / NETWORK_TIME, 0, steps + 1, dtype=torch.float64)[:-1]
+        if float(t[-1]) < schedule.t_min * (1 - 1e-6):
+            raise ValueError(f"steps: found {steps}, expected at most {NETWORK_TIME:.0f} for linspace_multistep")
+        return schedule.sigma_hat(t)
     return linspace(discrete(schedule, "linspace_multistep"), steps + 1)[:-1]
 
 
@@ -120,11 +129,12 @@ def sigmas(schedule: ForwardProcess, steps: int, spacing: str = "trailing", **se
         raise ValueError(f"spacing: found {spacing!r}, expected one of {[*SPACINGS]}")
     if steps < 1:
         raise ValueError(f"steps: found {steps}, expected 1 or more")
-    known = [*inspect.signature(SPACINGS[spacing]).parameters][2:]
-    if unknown := settings.keys() - known:
-        raise ValueError(f"spacing: found settings {sorted(unknown)} for {spacing}, expected {known or 'none'}")
+    if settings:
+        known = [*inspect.signature(SPACINGS[spacing]).parameters][2:]
+        if unknown := settings.keys() - known:
+            raise ValueError(f"spacing: found settings {sorted(unknown)} for {spacing}, expected {known or 'none'}")
     levels = SPACINGS[spacing](schedule.to("cpu"), steps, **settings)
-    if not bool((levels.diff() < 0).all()):
+    if any(above <= below for above, below in pairwise(levels.tolist())):
         raise too_many(schedule, steps)
     return torch.cat([levels, levels.new_zeros(1)])
 

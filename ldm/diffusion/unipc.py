@@ -41,7 +41,7 @@ def unipc(
     """
     if order not in (1, 2, 3) or variant not in ("bh1", "bh2"):
         raise ValueError(f"unipc: found order {order}, variant {variant!r}, expected 1 to 3, 'bh1' or 'bh2'")
-    levels, dtype, x = levels_of(sigmas), x.dtype, x.double()
+    levels = levels_of(sigmas)
     count, to_zero = len(levels) - 1, levels[-1] == 0
     history: list[Evaluation] = []
     x_before, p = x, 0
@@ -56,7 +56,7 @@ def unipc(
             x = torch.lerp(here[1], x, sigma_next / sigma)
         else:
             x = advance(x, sigma_next, history[-p:], None, variant)
-    return x.to(dtype)
+    return x
 
 
 def advance(x: Tensor, sigma: float, history: list[Evaluation], there: Evaluation | None, variant: str) -> Tensor:

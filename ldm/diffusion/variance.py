@@ -5,11 +5,17 @@ variance-exploding coordinates of samplers, and the terms of the variational bou
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
+
+VarianceName = Literal["beta_tilde", "beta", "learned"]
+"""Variance of a model's reverse steps: the smaller bound, the larger one (Ho et al. 2020, section 3.2), or learned."""
+VARIANCES: dict[str, VarianceName] = {"small": "beta_tilde", "large": "beta", "learned": "learned"}
+"""By the names of command lines, which are those of diffusers (fixed_small, fixed_large)."""
 
 
 def halves(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
