@@ -1,18 +1,18 @@
 """From raw shards to encoded shards: posterior moments, captions, text, and the identity of what encoded them.
 
 Enters: raw shards with a manifest, an autoencoder, text encoders. Leaves: one encoded shard for each raw one, under
-its name only when it is complete, and a manifest that says by what it was encoded, so that training can refuse others.
+its name only when it is complete, and what a manifest says of who encoded it, so that training can refuse others.
 
-Stages: 1. the shards of this process that are not there yet -> 2. pictures decoded by workers, batches of one shape
-within one shard -> 3. moments (and those of the mirrored picture), text states and pooled text on the device -> 4. one
-tar, in the order of the raw one.
+Stages: 1. shards, asked for as they are needed (encoding_folder.py) -> 2. pictures decoded by workers, batches of one
+shape within one shard -> 3. moments (and those of the mirrored picture), text states and pooled text on the device ->
+4. one tar, in the order of the raw one.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, tee
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,12 +29,9 @@ from ldm.data.members import FLIPPED, MOMENTS, POOLED, TEXT, decode_caption, dec
 from ldm.data.pictures import Picture, decode_picture, normalize
 from ldm.data.quarantine import Ledger, Quarantined
 from ldm.data.shards import DamagedSample, ShardReader, write_shard
-from ldm.data.storage import write_whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import weights_hash
 from ldm.models.text_conditioner import TextConditioner
-
-IDENTITY_NAME = "encoder.json"
 
 
 @dataclass
@@ -56,11 +53,16 @@ class EncodingConfig:
     """Pictures that the autoencoder encodes at once, on each process."""
     workers: int = 1
     """Processes that decode pictures, for each encoding process; 0 decodes in the same."""
+    patience: float = 60.0
+    """Seconds without a sign of life after which another host's process is given up and its shard encoded by another;
+    one of the same machine that is gone is noticed at once."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"encoding.{name}: found {getattr(self, name)}, expected {least} or more")
+        if self.patience <= 0:
+            raise ValueError(f"encoding.patience: found {self.patience}, expected a positive number of seconds")
 
 
 def encoder_identity(
@@ -157,56 +159,43 @@ class RawSamples(Dataset[Decoded | Quarantined]):
         return Quarantined(self.manifest.shards[shard].name, key, reason, -1, "")
 
 
-class Batches:
-    """The batch sampler: samples of one shape, shard after shard; the same at each iteration."""
+class Batch(NamedTuple):
+    """Samples of one shape, within one shard; without any, a shard that holds none."""
 
-    def __init__(self, manifest: Manifest, shards: Sequence[int], buckets: Sequence[Shape], batch_size: int) -> None:
-        self.manifest = manifest
-        self.shards = shards
-        self.buckets = buckets
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        for shard in self.shards:
-            numbers = np.zeros(self.manifest.counts[shard], dtype=np.int64)
-            if len(self.buckets) > 1:
-                numbers = assign(self.manifest.index(shard).shapes, self.buckets)
-            for number in np.unique(numbers).tolist():
-                samples = np.flatnonzero(numbers == number).tolist()
-                for first in range(0, len(samples), self.batch_size):
-                    some = samples[first : first + self.batch_size]
-                    yield [Wanted(shard, sample, self.buckets[number]) for sample in some]
+    shard: int
+    samples: list[Wanted]
 
 
-def pending_shards(manifest: Manifest, out: Path, rank: int, world: int) -> list[int]:
-    """Shards of process `rank` that are not in `out` yet; every `world`-th shard is its share."""
-    share = range(rank, len(manifest.shards), world)
-    return [number for number in share if not (out / manifest.shards[number].name).exists()]
+class WrittenShard(NamedTuple):
+    """An encoded shard that is complete, where it was written."""
+
+    number: int
+    path: Path
+    quarantined: list[Quarantined]
+    """Samples that the raw shard has and this one has not."""
+    truncated: int
+    """Captions that were longer than the text encoder takes."""
 
 
-def claim_folder(out: Path, identity: dict[str, Any]) -> None:
-    """Marks `out` as encoded by `identity`, so that going on later with another encoder cannot mix the two.
-
-    Raises:
-        ValueError: the folder holds shards of another encoder; names the fields.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / IDENTITY_NAME
-    if not path.exists():
-        write_whole(path, (json.dumps(identity, indent=1) + "\n").encode())
-    found = json.loads(path.read_text("utf-8"))
-    changed = [name for name in sorted(found.keys() | identity.keys()) if found.get(name) != identity.get(name)]
-    if changed:
-        raise ValueError(
-            f"{out} was begun with another encoding; remove it or choose another folder:\n  "
-            + "\n  ".join(f"{name} was {found.get(name)}, now {identity.get(name)}" for name in changed)
-        )
+def batches_of(manifest: Manifest, shards: Iterable[int], buckets: Sequence[Shape], batch_size: int) -> Iterator[Batch]:
+    """All samples of the shards, shard after shard; the next shard is asked for when the last one's are given out."""
+    for shard in shards:
+        numbers = np.zeros(manifest.counts[shard], dtype=np.int64)
+        if not len(numbers):
+            yield Batch(shard, [])
+        if len(buckets) > 1:
+            numbers = assign(manifest.index(shard).shapes, buckets)
+        for number in np.unique(numbers).tolist():
+            samples = np.flatnonzero(numbers == number).tolist()
+            for first in range(0, len(samples), batch_size):
+                some = samples[first : first + batch_size]
+                yield Batch(shard, [Wanted(shard, sample, buckets[number]) for sample in some])
 
 
 @torch.inference_mode()
 def encode_shards(
     manifest: Manifest,
-    shards: Sequence[int],
+    shards: Iterable[int],
     out: Path,
     autoencoder: AutoencoderKL,
     text_encoder: TextConditioner | None,
@@ -216,6 +205,7 @@ def encode_shards(
     config: EncodingConfig,
     device: torch.device,
     buckets: BucketConfig | None = None,
+    written: Callable[[WrittenShard], None] | None = None,
 ) -> Iterator[int]:
     """Encodes the shards one after the other into `out`; yields the number of samples done after each batch.
 
@@ -224,35 +214,45 @@ def encode_shards(
     of the raw shard.
 
     Args:
+        shards: their numbers, asked for one at a time while the samples of the one before are still on their way.
         resolution: of the square, to which pictures are cropped without buckets.
         buckets: each picture is encoded at the height and width of its own, by its shape in the shard's index.
+        written: called with each shard as soon as it is complete.
     """
     shapes = [(resolution, resolution)]
     if buckets is not None:
         shapes = bucket_shapes(resolution, buckets, autoencoder.downsample_factor)
-    batches = Batches(manifest, shards, shapes, config.batch_size)
+    batches, wanted = tee(batches_of(manifest, shards, shapes, config.batch_size))
     loader = DataLoader(
         RawSamples(manifest),
-        batch_sampler=batches,
+        batch_sampler=(batch.samples for batch in wanted),
         collate_fn=list,
         num_workers=config.workers,
         worker_init_fn=start_worker,
         prefetch_factor=2 if config.workers else None,
     )
     encode = partial(encode_batch, autoencoder=autoencoder, text_encoder=text_encoder, config=config, device=device)
-    for shard, group in groupby(zip(batches, loader, strict=True), key=lambda pair: pair[0][0].shard):
+    for shard, group in groupby(zip(loader, batches, strict=True), key=lambda pair: pair[1].shard):
         samples: dict[int, dict[str, Any]] = {}
-        for wanted, decoded in group:
-            ledger.append([one for one in decoded if isinstance(one, Quarantined)], seen=len(wanted))
+        lost: list[Quarantined] = []
+        cut = text_encoder.truncated if text_encoder is not None else 0
+        for decoded, batch in group:
+            ledger.append([one for one in decoded if isinstance(one, Quarantined)], seen=len(decoded))
             ledger.check()
-            usable = [(one.sample, raw) for one, raw in zip(wanted, decoded, strict=True) if isinstance(raw, Decoded)]
+            lost += [one for one in decoded if isinstance(one, Quarantined)]
+            pairs = zip(batch.samples, decoded, strict=True)
+            usable = [(one.sample, raw) for one, raw in pairs if isinstance(raw, Decoded)]
             encoded = encode([raw for _, raw in usable]) if usable else []
             for (sample, _), done in zip(usable, encoded, strict=True):
                 if buckets is not None:
-                    done["json"]["target"] = wanted[0].shape
+                    done["json"]["target"] = batch.samples[0].shape
                 samples[sample] = done
-            yield len(wanted)
-        write_shard(out / manifest.shards[shard].name, [samples[sample] for sample in sorted(samples)])
+            yield len(decoded)
+        path = out / manifest.shards[shard].name
+        write_shard(path, [samples[sample] for sample in sorted(samples)])
+        if written is not None:
+            cut = text_encoder.truncated - cut if text_encoder is not None else 0
+            written(WrittenShard(shard, path, lost, cut))
 
 
 def encode_batch(
