@@ -15,14 +15,20 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ldm.data.encoding import EncodingConfig
 from ldm.data.loader import DataConfig
+from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
+from ldm.diffusion.corruption import step_between
+from ldm.diffusion.corruption_config import CorruptionConfig, build_corruption, check_corruption
 from ldm.diffusion.objective_config import ObjectiveConfig, check_objective
+from ldm.diffusion.process import ForwardProcess
+from ldm.diffusion.sampler_choice import chosen_sampler
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.model_card import CardConfig
 from ldm.models.text_conditioner import check_text_configs
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.unet_config import UNetConfig
-from ldm.training.distributed import DistributedConfig
+from ldm.pipeline.model_card import CardConfig
+from ldm.pipeline.scheduler import TrainedWith, scheduler_values
 from ldm.training.ema import EMAConfig
+from ldm.training.launched import DistributedConfig
 from ldm.training.metrics import MetricsConfig
 from ldm.training.optimizer import OptimizerConfig
 from ldm.training.previews import PreviewConfig
@@ -95,7 +101,13 @@ class RunConfig:
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     """How `tools/encode_latents.py` turns raw shards into those of `data.shards`."""
     noise: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """The noise schedule."""
+    """The noise schedule of timesteps."""
+    continuous_noise: ContinuousScheduleConfig | None = None
+    """A noise schedule of continuous time in place of `noise`: kind flow goes with parameterization flow (or x0), edm
+    with edm; vp and cosine have no place in a checkpoint."""
+    corruption: CorruptionConfig | None = None
+    """A corruption other than Gaussian noise in place of `noise`: masks or blur, undone by a network that predicts x0
+    (objective.parameterization and loss x0). Nobody but this program draws with such a checkpoint."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What the network puts out and whose error is minimized."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -164,8 +176,9 @@ def load_config(path: Path) -> RunConfig:
 
 def check_fields(config: RunConfig) -> None:
     """Checks that need fields of several parts, before anything is built; raises ValueError."""
-    check_objective(config.objective, Schedule(config.noise))
+    check_corrupting(config)
     check_storable(config)
+    check_objective(config.objective, forward_process(config))
     encoders = (config.text_encoder, config.text_encoder_2)
     check_text_configs([one for one in encoders if one is not None], config.empty_caption)
     warmup, steps = config.optimizer.warmup_steps, config.training.steps
@@ -175,30 +188,64 @@ def check_fields(config: RunConfig) -> None:
         )
 
 
+def check_corrupting(config: RunConfig) -> None:
+    """Raises ValueError for settings that do not go with the run's corruption, or with its having none."""
+    corruption, previews, size = config.corruption, config.previews, config.unet.sample_size
+    try:
+        chosen_sampler(previews.sampler, corruption)
+    except ValueError as error:
+        raise ValueError(f"previews.{error}") from None
+    if corruption is None:
+        return
+    check_corruption(config.objective)
+    if config.noise != ScheduleConfig() or config.continuous_noise is not None:
+        raise ValueError("noise, continuous_noise: found with corruption, which takes their place; leave them out")
+    if config.data.buckets is not None:
+        raise ValueError("data.buckets: found with corruption, expected none: its levels are those of one size")
+    if size is None:
+        raise ValueError("unet.sample_size: not set, expected the size of the latents: a corruption's levels are of it")
+    if corruption.start_mean is not None and len(corruption.start_mean) != config.unet.out_channels:
+        raise ValueError(
+            f"corruption.start_mean: found {len(corruption.start_mean)} numbers, expected {config.unet.out_channels}, "
+            "one for each channel of the latents"
+        )
+    levels = build_corruption(corruption, size, size).levels
+    if previews.every and previews.prompts:
+        try:
+            step_between(levels, previews.steps)
+        except ValueError as error:
+            raise ValueError(f"previews.{error}") from None
+
+
 def check_storable(config: RunConfig) -> None:
-    """Raises ValueError for what objective and schedule can do, but a batch or a checkpoint has no place for."""
-    objective, schedule = config.objective, config.noise.beta_schedule
-    output = objective.parameterization
-    lacks = "diffusers' DDIMScheduler, which a checkpoint names, has none"
-    refused: list[tuple[str, object, bool, str]] = [
-        (
-            "objective.parameterization",
-            output,
-            output not in ("epsilon", "v", "x0"),
-            f"epsilon, v or x0: {lacks} other",
-        ),
-        ("objective.learned_variance", True, objective.learned_variance, f"false: {lacks}"),
-        ("objective.offset_noise", objective.offset_noise, objective.offset_noise > 0, "0: no batch has its draw"),
-        ("noise.beta_schedule", schedule, schedule == "sigmoid", f"another: {lacks} of this kind"),
-    ]
-    for name, found, is_refused, expected in refused:
-        if is_refused:
-            raise ValueError(f"{name}: found {found!r}, expected {expected}")
+    """Raises ValueError for what objective and schedule can do, but a checkpoint has no place for."""
+    if config.continuous_noise is not None and config.noise != ScheduleConfig():
+        raise ValueError(
+            "noise, continuous_noise: found both, expected one: continuous_noise takes the place of noise; leave noise "
+            "out, or set continuous_noise to null"
+        )
+    objective = config.objective
+    process, learned = forward_process(config), objective.learned_variance
+    trained = TrainedWith(process, objective.parameterization, objective.sigma_data, learned, config.corruption)
+    scheduler_values(trained)
+
+
+def forward_process(config: RunConfig) -> ForwardProcess:
+    """The noise levels of the run: of continuous time where `continuous_noise` is set, of timesteps elsewhere."""
+    return Schedule(config.noise) if config.continuous_noise is None else ContinuousSchedule(config.continuous_noise)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain lists, dicts and scalars."""
     return _plain(dataclasses.asdict(config))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:

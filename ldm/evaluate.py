@@ -1,193 +1,47 @@
-"""Scores a checkpoint by retrieval: does the sample of a training caption lie nearest to that caption's picture?
+"""Scores a checkpoint: retrieval of its training pictures, likelihood of latents, variances of its reverse steps.
 
-Enters: a checkpoint and the raw shards that it was trained on. Leaves: `retrieval.json` (scores, settings, the rank of
-each caption) and `retrieval.png` (each sample beside its nearest and its true picture). It downloads nothing.
-Walk: read_pictures -> choose_captions -> generate -> retrieval -> write_report.
+Enters: a checkpoint and shards. Leaves: files in the folder `--out`, named after the scores: `retrieval.json` and
+`.png` (raw shards), `elbo.json` and `.png`, `ode.json`, `variances.json` (raw or encoded ones). It downloads nothing.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.manifest import Manifest, ManifestError
-from ldm.data.members import decode_caption, decode_json
-from ldm.data.order import permute
-from ldm.data.pictures import decode_picture
-from ldm.data.shards import DamagedSample, ShardReader
-from ldm.generation import generate
-from ldm.grid import labelled_grid, save_png
+from ldm.diffusion.adaptive import ToleranceError
+from ldm.diffusion.sampler_choice import chosen_sampler
+from ldm.evaluation.latent_likelihood import bounds, densities, elbo_report, ode_report, write_elbo, write_report
+from ldm.evaluation.latent_samples import LatentBatch, latent_batches
+from ldm.evaluation.latent_variances import estimate_variances
+from ldm.evaluation.retrieval import choose_captions, read_pictures, retrieval
+from ldm.evaluation.retrieval import write_report as write_retrieval
 from ldm.models.text_encoder import DTYPES
-from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
+from ldm.pipeline.pipeline import Pipeline, check_of_noise
+from ldm.pipeline.variances import VARIANCES, write_variances
+from ldm.sampling.generation import generate
+from ldm.sampling.options import (
+    add_sampling_options,
+    check_folder,
+    choose_device,
+    open_checkpoint,
+    positive,
+    progress_bar,
+    whole,
+    with_variances,
+)
 from ldm.training.checkpoint import CheckpointError
 
-SIDE = 32
-"""Height and width at which pictures are compared."""
-TOP = 5
-CHUNK = 1024
-"""Pictures handled at a time."""
-COLUMNS = 12
-"""Pictures in a row of the report's grid: four captions of three."""
 
+class Scored(NamedTuple):
+    """What a score says at the end, and its file."""
 
-@dataclass(frozen=True)
-class Retrieval:
-    """Outcome for N samples among M pictures."""
-
-    ranks: list[int]
-    """For each sample 1 + the number of pictures of other captions that are nearer than its caption's nearest one."""
-    nearest: list[int]
-    """For each sample the picture that is nearest."""
-    true: list[int]
-    """For each sample the nearest picture of its own caption."""
-
-    @property
-    def top_1(self) -> float:
-        """Share of the samples whose nearest picture has their caption."""
-        return sum(rank == 1 for rank in self.ranks) / len(self.ranks)
-
-    @property
-    def top_5(self) -> float:
-        """Share of the samples with fewer than five pictures of other captions before their own."""
-        return sum(rank <= TOP for rank in self.ranks) / len(self.ranks)
-
-
-def retrieval(
-    samples: np.ndarray,
-    captions: Sequence[str],
-    pictures: np.ndarray,
-    picture_captions: Sequence[str | Collection[str]],
-) -> Retrieval:
-    """Ranks the pictures by their distance to each sample: mean squared difference of blurred 32x32 RGB.
-
-    A caption that several pictures share is matched by each of them. A picture of another caption at exactly the same
-    distance is not nearer: one picture under two names is no fault of the sample's.
-
-    Args:
-        samples: (N, H, W, 3) uint8, one of each caption.
-        captions: N captions, each of which some picture has.
-        pictures: (M, H', W', 3) uint8, all training pictures; 12 KB of memory each.
-        picture_captions: of each picture its caption, or all of its captions.
-
-    Raises:
-        ValueError: counts that differ, no samples, or a caption that no picture has.
-    """
-    if not captions or len(samples) != len(captions) or len(pictures) != len(picture_captions):
-        raise ValueError(
-            f"retrieval: found {len(samples)} samples, {len(captions)} captions, {len(pictures)} pictures, "
-            f"{len(picture_captions)} captions of pictures, expected a caption for each and a sample at least"
-        )
-    owned = [{names} if isinstance(names, str) else set(names) for names in picture_captions]
-    of_samples, of_pictures = features(samples), features(pictures)  # (N, D), (M, D)
-    ranks, nearest, true = [], [], []
-    for sample, caption in zip(of_samples, captions, strict=True):
-        right = torch.tensor([caption in names for names in owned])
-        if not right.any():
-            raise ValueError(f"retrieval: no picture has the caption {caption!r}")
-        # The difference itself, in float64: |a|^2 + |b|^2 - 2ab, or float32, would round equal distances apart.
-        parts = of_pictures.split(CHUNK)
-        distance = torch.cat([(part - sample).double().square().mean(dim=1) for part in parts])  # (M,)
-        own = distance.where(right, torch.inf)
-        ranks.append(1 + int((distance[~right] < own.min()).sum()))
-        nearest.append(int(distance.argmin()))
-        true.append(int(own.argmin()))
-    return Retrieval(ranks, nearest, true)
-
-
-def features(pictures: np.ndarray) -> Tensor:
-    """What is compared: (N, H, W, 3) uint8 to (N, 3 * 32 * 32) float32 in [0, 255], averaged to 32x32, then blurred.
-
-    The blur is [1 2 1] / 4 along rows and columns, edges repeated: a shift of one pixel costs little.
-    """
-    chunks = []
-    for start in range(0, len(pictures), CHUNK):
-        x = torch.from_numpy(pictures[start : start + CHUNK]).permute(0, 3, 1, 2).float()
-        x = torch.nn.functional.interpolate(x, (SIDE, SIDE), mode="area")
-        x = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
-        x = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
-        x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
-        chunks.append(x.flatten(1))
-    return torch.cat(chunks)
-
-
-def read_pictures(shards: Path, resolution: int) -> tuple[np.ndarray, list[list[str]], list[str]]:
-    """All pictures of raw shards (M, resolution, resolution, 3) uint8, each one's captions, and what was passed over.
-
-    Raises:
-        FileNotFoundError, ManifestError: no usable manifest in the folder.
-        ValueError: shards of latents, or not one usable sample.
-    """
-    manifest = Manifest.load(shards)
-    if manifest.encoder is not None:
-        raise ValueError(f"shards: {shards} holds latents, expected the raw shards that they were encoded from")
-    reader = ShardReader(manifest)
-    pictures, captions, passed_over = [], [], []
-    places = [(shard, sample) for shard, count in enumerate(manifest.counts) for sample in range(count)]
-    for shard, sample in tqdm(places, desc="reading pictures", unit="picture", dynamic_ncols=True):
-        try:
-            members = reader.members(shard, sample)
-            found = captions_of(members)
-            pixels = decode_picture(members, resolution).pixels
-        except (DamagedSample, ValueError) as error:
-            name = f"{manifest.shards[shard].name}/{manifest.index(shard).key(sample)}"
-            passed_over.append(str(error) if isinstance(error, DamagedSample) else f"{name}: {error}")
-            continue
-        pictures.append(pixels)
-        captions.append(found)
-    reader.close()
-    if not pictures:
-        raise ValueError(f"shards: {shards} has not one picture with a caption; the first: {passed_over[:3]}")
-    return np.stack(pictures), captions, passed_over
-
-
-def captions_of(members: dict[str, bytes]) -> list[str]:
-    """Every caption that training may draw for a raw sample; raises ValueError as `decode_caption`."""
-    listed = decode_json(members).get("captions")
-    count = len(listed) if isinstance(listed, list) and listed else 1
-    return list(dict.fromkeys(decode_caption(members, (i + 0.5) / count) for i in range(count)))
-
-
-def choose_captions(captions: Sequence[Sequence[str]], count: int, seed: int) -> list[str]:
-    """`count` different captions (all, if fewer), each the first of a picture: a function of their set and the seed."""
-    different = sorted({names[0] for names in captions})
-    return [different[permute(i, len(different), seed)] for i in range(min(count, len(different)))]
-
-
-def write_report(
-    out: Path,
-    outcome: Retrieval,
-    samples: np.ndarray,
-    captions: Sequence[str],
-    pictures: np.ndarray,
-    picture_captions: Sequence[Sequence[str]],
-    settings: dict[str, Any],
-) -> None:
-    """Writes `retrieval.json` and `retrieval.png` into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"caption": caption, "rank": rank, "nearest": picture_captions[nearest][0]}
-        for caption, rank, nearest in zip(captions, outcome.ranks, outcome.nearest, strict=True)
-    ]
-    report = {"top_1": outcome.top_1, "top_5": outcome.top_5, "settings": settings, "captions": rows}
-    (out / "retrieval.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shown, labels = [], []
-    for i, row in enumerate(rows):
-        shown += [samples[i], pictures[outcome.nearest[i]], pictures[outcome.true[i]]]
-        labels += [f"{row['caption']} (rank {row['rank']})", f"nearest: {row['nearest']}", "true"]
-    texts = {
-        "checkpoint": str(settings["checkpoint"]),
-        "top_1": f"{outcome.top_1:.4f}",
-        "top_5": f"{outcome.top_5:.4f}",
-    }
-    save_png(labelled_grid(shown, labels, columns=COLUMNS), out / "retrieval.png", texts)
+    line: str
+    path: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,43 +49,169 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
+        check_folder("out", options.out)
         device = choose_device(options.device)
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype])
-        resolution = pipeline.latent_shape[1] * pipeline.autoencoder.downsample_factor
-        pictures, picture_captions, passed_over = read_pictures(options.shards, resolution)
-        for line in passed_over:
-            print(f"passed over: {line}", file=sys.stderr)
-        captions = choose_captions(picture_captions, options.captions, options.seed)
-        names = ("seed", "sampler", "steps", "spacing", "guidance", "guidance_rescale")
-        sampling = {key: getattr(options, key) for key in names}
-        with progress_bar("sampling") as report:
-            samples = generate(pipeline, captions, batch_size=options.batch_size, progress=report, **sampling)
-        outcome = retrieval(samples, captions, pictures, picture_captions)
-        settings = {
-            "checkpoint": name,
-            "dtype": options.dtype,
-            **sampling,
-            "shards": options.shards.resolve().name,
-            "manifest": Manifest.load(options.shards).digest(),
-            "pictures": len(pictures),
-            "passed_over": len(passed_over),
-        }
-        write_report(options.out, outcome, samples, captions, pictures, picture_captions, settings)
-    except (FileNotFoundError, ValueError, CheckpointError, ManifestError) as error:
+        pipeline = with_variances(pipeline, options.variances)
+        for score in dict.fromkeys(options.scores):
+            if score != "retrieval":
+                check_of_noise(pipeline, f"scores {score}")
+            line, path = SCORES[score](pipeline, name, options)
+            print(f"{name}: {line}; {path}")
+    except (OSError, ValueError, ToleranceError, CheckpointError, ManifestError) as error:
         parser.error(str(error))
-    print(
-        f"{name}: top-1 {outcome.top_1:.3f}, top-5 {outcome.top_5:.3f} "
-        f"({len(captions)} captions, {len(pictures)} pictures); {options.out / 'retrieval.json'}"
-    )
     return 0
+
+
+def score_retrieval(pipeline: Pipeline, name: str, options: argparse.Namespace) -> Scored:
+    """Samples captions and looks for the picture that lies nearest to each sample."""
+    resolution = pipeline.latent_shape[1] * pipeline.autoencoder.downsample_factor
+    pictures, picture_captions, passed_over = read_pictures(options.shards, resolution)
+    for line in passed_over:
+        say_passed_over(line)
+    captions = choose_captions(picture_captions, options.captions, options.seed)
+    names = ("seed", "sampler", "steps", "spacing", "guidance", "guidance_rescale")
+    sampling = {key: getattr(options, key) for key in names}
+    sampling["sampler"] = chosen_sampler(options.sampler, pipeline.corruption)
+    with progress_bar("sampling") as report:
+        samples = generate(pipeline, captions, batch_size=options.batch_size, progress=report, **sampling)
+    outcome = retrieval(samples, captions, pictures, picture_captions)
+    counts = {"pictures": len(pictures), "passed_over": len(passed_over)}
+    settings = {"checkpoint": name, "dtype": options.dtype, **sampling, **provenance(options), **counts}
+    write_retrieval(options.out, outcome, samples, captions, pictures, picture_captions, settings)
+    counted = f"({len(captions)} captions, {len(pictures)} pictures)"
+    return Scored(f"top-1 {outcome.top_1:.3f}, top-5 {outcome.top_5:.3f} {counted}", options.out / "retrieval.json")
+
+
+def score_elbo(pipeline: Pipeline, name: str, options: argparse.Namespace) -> Scored:
+    """The variational bound of latents, term by term."""
+    passed_over: list[str] = []
+    found = bounds(pipeline, batches_of(pipeline, options, passed_over), timesteps=options.timesteps, seed=options.seed)
+    report = elbo_report(pipeline, found, options.timesteps)
+    report["settings"] = latent_settings(name, options, passed_over) | {"timesteps": options.timesteps}
+    write_elbo(options.out, report, f"{name}: {report['bits_per_dimension']:.3f} bits per dimension at most")
+    parts = ", ".join(f"{part} {report[part]:.4f}" for part in ("L_T", "L_between", "L_0"))
+    return Scored(f"at most {bits_of(report)} ({parts})", options.out / "elbo.json")
+
+
+def score_ode(pipeline: Pipeline, name: str, options: argparse.Namespace) -> Scored:
+    """The log-density of latents by the probability-flow ODE."""
+    passed_over: list[str] = []
+    batches = batches_of(pipeline, options, passed_over)
+    found = densities(pipeline, batches, probes=options.probes, tolerance=options.tolerance, seed=options.seed)
+    report = ode_report(pipeline, found, options.probes)
+    report["settings"] = latent_settings(name, options, passed_over) | {"tolerance": options.tolerance}
+    write_report(options.out / "ode.json", report)
+    probes = report["standard_error_of_probes"]
+    error = "" if probes is None else f", of which {options.probes} probes make {probes:.2g}"
+    return Scored(f"{bits_of(report)}{error}", options.out / "ode.json")
+
+
+def score_variances(pipeline: Pipeline, name: str, options: argparse.Namespace) -> Scored:
+    """What the sampler analytic_dpm needs of this network."""
+    passed_over: list[str] = []
+    batches = batches_of(pipeline, options, passed_over)
+    found = estimate_variances(pipeline, batches, levels=options.timesteps, seed=options.seed)
+    about = found.about() | {"settings": latent_settings(name, options, passed_over) | {"timesteps": options.timesteps}}
+    write_variances(options.out / VARIANCES, found.variances, pipeline.unet, about)
+    low, high = (float(found.variances.levels[end]) for end in (0, -1))
+    return Scored(
+        f"variances at {len(found.variances.levels)} levels from {low:.4g} to {high:.4g}", options.out / VARIANCES
+    )
+
+
+SCORES: dict[str, Callable[[Pipeline, str, argparse.Namespace], Scored]] = {
+    "retrieval": score_retrieval,
+    "elbo": score_elbo,
+    "ode": score_ode,
+    "variances": score_variances,
+}
+
+
+def batches_of(pipeline: Pipeline, options: argparse.Namespace, passed_over: list[str]) -> Iterator[LatentBatch]:
+    """Batches of latents behind a bar; samples that cannot be used are said, and added to `passed_over`."""
+
+    def say(line: str) -> None:
+        passed_over.append(line)
+        say_passed_over(line)
+
+    batches: Iterable[LatentBatch] = latent_batches(
+        pipeline,
+        options.shards,
+        samples=options.samples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        passed_over=say,
+    )
+    with tqdm(desc="latents", unit="sample", dynamic_ncols=True) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.numbers))
+
+
+def say_passed_over(line: str) -> None:
+    """One sample that could not be used, on standard error."""
+    tqdm.write(f"passed over: {line}", file=sys.stderr)
+
+
+def latent_settings(name: str, options: argparse.Namespace, passed_over: Sequence[str]) -> dict[str, Any]:
+    """What a score of latents depends on besides the network."""
+    own = {"checkpoint": name, "dtype": options.dtype, "seed": options.seed, "samples": options.samples}
+    return {**own, **provenance(options), "passed_over": len(passed_over)}
+
+
+def provenance(options: argparse.Namespace) -> dict[str, str]:
+    """Which shards they were, by name and content."""
+    return {"shards": options.shards.resolve().name, "manifest": Manifest.load(options.shards).digest()}
+
+
+def bits_of(report: dict[str, Any]) -> str:
+    """Mean and standard error, for people."""
+    error = report["standard_error"]
+    return f"{report['bits_per_dimension']:.4f}{'' if error is None else f' +- {error:.2g}'} bits per dimension"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="ldm/evaluate.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="raw shards of the training pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for retrieval.json and .png")
-    parser.add_argument("--captions", type=whole(1), default=64, metavar="N", help="captions to sample (64)")
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        choices=[*SCORES],
+        default=["retrieval"],
+        metavar="SCORE",
+        help="retrieval (default), elbo: variational bound of latents in bits per dimension, ode: their exact "
+        "log-density, variances: what the sampler analytic_dpm needs",
+    )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="raw shards of the training pictures; but for retrieval any that the checkpoint fits, raw or encoded",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for each score's .json and .png")
+    parser.add_argument(
+        "--captions", type=whole(1), default=64, metavar="N", help="captions to sample, for retrieval (64)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole(1),
+        default=64,
+        metavar="N",
+        help="latents taken from the shards, for the others (64)",
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=whole(0),
+        default=128,
+        metavar="N",
+        help="noise levels of each sample at which elbo and variances evaluate the network; 0 is all of them (128)",
+    )
+    parser.add_argument("--probes", type=whole(1), default=4, metavar="N", help="of Hutchinson's trace, for ode (4)")
+    parser.add_argument(
+        "--tolerance", type=positive, default=1e-4, metavar="F", help="of each step of the solver, for ode (1e-4)"
+    )
     add_sampling_options(parser)
     return parser
 

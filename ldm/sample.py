@@ -1,6 +1,7 @@
 """Draws pictures of prompts: `python ldm/sample.py --checkpoint runs/X --prompt "a red heart" --out heart.png`.
 
-Enters: a checkpoint (a run's folder, its checkpoints/, or any pipeline folder of diffusers), prompts, perhaps noise.
+Enters: a checkpoint (a run's folder, its checkpoints/, or any pipeline folder of diffusers), prompts, perhaps noise or
+a picture to start from.
 Leaves: PNG files with their prompt and settings inside, or one labelled grid; latents, where they are asked for.
 Walk: open_checkpoint -> generate -> write_pictures.
 """
@@ -17,14 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.generation import checked_shape, generate
+from ldm.data.pictures import normalize
+from ldm.diffusion.adaptive import ToleranceError
+from ldm.diffusion.reverse_variances import PosteriorVariances
+from ldm.diffusion.sampler_choice import chosen_sampler
+from ldm.diffusion.variance import VARIANCES
 from ldm.grid import labelled_grid, save_png
-from ldm.latent_files import check_latents_out, read_noise, write_latents
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.durable import file_hash
+from ldm.models.pretrained import weights_hash
 from ldm.models.text_encoder import DTYPES
 from ldm.models.unet_config import UNetConfig
-from ldm.sampling_options import add_sampling_options, choose_device, open_checkpoint, progress_bar, whole
+from ldm.sampling.generation import checked_shape, generate
+from ldm.sampling.given_options import add_given_options, given_texts, read_given
+from ldm.sampling.inversion import invert
+from ldm.sampling.latent_files import LATENTS, NOISE, check_tensor_out, read_noise, write_tensor
+from ldm.sampling.options import (
+    add_sampling_options,
+    check_folder,
+    choose_device,
+    open_checkpoint,
+    progress_bar,
+    whole,
+    with_variances,
+)
+from ldm.training.autoencoder_loss import psnr
 from ldm.training.checkpoint import CheckpointError
 
 
@@ -75,8 +93,11 @@ def check_out(out: Path, count: int, grid: bool) -> None:
             raise ValueError(f"out: {out} is one picture, but {count} are asked for; give a folder, or --grid")
         if out.is_dir():
             raise ValueError(f"out: {out} is a folder, expected a file name")
+        check_folder("out", out.parent)
     elif out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, expected a folder, or a name that ends in .png")
+    else:
+        check_folder("out", out)
 
 
 def write_pictures(
@@ -110,14 +131,21 @@ def texts_of_all(pictures: Sequence[Picture]) -> dict[str, str]:
     return {"prompt": json.dumps(prompts), "index": json.dumps(indices)}
 
 
-def settings_texts(options: argparse.Namespace, checkpoint: str) -> dict[str, str]:
+def settings_texts(
+    options: argparse.Namespace, checkpoint: str, variances: PosteriorVariances | None
+) -> dict[str, str]:
     """What goes into each file beside prompt and index: all that the picture depends on, and no path of this machine.
 
-    A picture's height and width are its own; of a file of noise its hash is told.
+    A picture's height and width are its own; of a file of noise its hash is told, and of variances, from wherever they
+    were taken, that of their numbers.
     """
     names = ("negative", "seed", "sampler", "steps", "spacing", "guidance", "guidance_rescale", "dtype")
     noise = {} if options.noise is None else {"noise": f"xxh3_64 {file_hash(options.noise)}"}
-    return {name: str(getattr(options, name)) for name in names} | noise | {"checkpoint": checkpoint}
+    variance = {} if options.variance is None else {"variance": options.variance}
+    if options.sampler == "analytic_dpm" and variances is not None:
+        numbers = weights_hash([("levels", variances.levels), ("variances", variances.variances)])
+        variance["variances"] = f"xxh3_128 {numbers}"
+    return {name: str(getattr(options, name)) for name in names} | variance | noise | {"checkpoint": checkpoint}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,42 +160,63 @@ def main(argv: Sequence[str] | None = None) -> int:
             given_noise=options.noise is not None,
         )
         check_out(options.out, len(pictures), options.grid)
-        if options.latents_out is not None:
-            check_latents_out(options.latents_out)
+        for option in ("latents_out", "invert"):
+            if getattr(options, option) is not None:
+                check_tensor_out(option, getattr(options, option))
+                check_folder(option, getattr(options, option).parent)
+        given, prompts = read_given(options), [picture.prompt for picture in pictures]
         noise = None if options.noise is None else read_noise(options.noise, len(pictures))
         device = choose_device(options.device)
+        shape = (0, 0, 0)
 
         def check(unet: UNetConfig, autoencoder: AutoencoderKL) -> None:
-            checked_shape(unet, autoencoder, len(pictures), options.height, options.width, noise)
+            nonlocal given, shape
+            masked, size = given is not None and given.inpaints, (options.height, options.width)
+            shape = checked_shape(unet, autoencoder, len(pictures), *size, noise, masked=masked)
+            if given is not None:
+                given = given.fitted(*(side * autoencoder.downsample_factor for side in shape[1:]))
 
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype], check)
+        pipeline = with_variances(pipeline, options.variances)
+        options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
+        settings = {
+            name: getattr(options, name)
+            for name in ("steps", "spacing", "guidance", "guidance_rescale", "negative", "batch_size")
+        }
+        if options.invert is not None:
+            assert given is not None
+            with progress_bar("inverting") as report:
+                noise = invert(pipeline, prompts, given, shape, progress=report, **settings)
         latents: list[Tensor] = []
         with progress_bar("sampling") as report:
             images = generate(
                 pipeline,
-                [picture.prompt for picture in pictures],
+                prompts,
                 indices=[picture.index for picture in pictures],
                 seed=options.seed,
                 sampler=options.sampler,
-                steps=options.steps,
-                spacing=options.spacing,
-                guidance=options.guidance,
-                guidance_rescale=options.guidance_rescale,
-                negative=options.negative,
+                variance=options.variance,
                 height=options.height,
                 width=options.width,
                 noise=noise,
+                given=given if options.invert is None else None,
                 keep=latents.append,
-                batch_size=options.batch_size,
                 progress=report,
+                **settings,
             )
-        texts = settings_texts(options, name)
+        texts = {**settings_texts(options, name, pipeline.variances), **given_texts(options, given)}
         written = write_pictures(images, pictures, options.out, grid=options.grid, texts=texts)
         if options.latents_out is not None:
-            write_latents(torch.cat(latents), options.latents_out, {**texts_of_all(pictures), **texts})
-    except (FileNotFoundError, ValueError, CheckpointError) as error:
+            write_tensor(LATENTS, torch.cat(latents), options.latents_out, {**texts_of_all(pictures), **texts})
+        if options.invert is not None:
+            assert noise is not None
+            write_tensor(NOISE, noise, options.invert, {**texts_of_all(pictures), **texts})
+    except (OSError, ValueError, ToleranceError, CheckpointError) as error:
         parser.error(str(error))
     print(f"{len(pictures)} pictures of {name} in {written[0] if len(written) == 1 else options.out}")
+    if options.invert is not None and given is not None:
+        decibels = psnr(normalize(given.pixels[None]), normalize(images))
+        print(f"drawn again from {options.invert}: PSNR {decibels.min():.1f} dB or more")
     return 0
 
 
@@ -192,6 +241,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--index", type=whole(0), default=0, metavar="N", help="index of the first picture (0)")
     parser.add_argument(
+        "--variance",
+        choices=[*VARIANCES],
+        help="of ddpm's steps: small is beta-tilde (default), large beta, learned the network's own (default where it "
+        "has one)",
+    )
+    parser.add_argument(
         "--height", type=whole(1), metavar="N", help="of the pictures in pixels (that of the training, or of the noise)"
     )
     parser.add_argument("--width", type=whole(1), metavar="N", help="as --height")
@@ -209,6 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="safetensors file for the final latents (N, C, h, w), scaled as the network knows them",
     )
     add_sampling_options(parser)
+    add_given_options(parser)
     return parser
 
 

@@ -8,7 +8,7 @@ backward, accumulated over micro-batches -> clip -> AdamW -> average. The same c
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,23 +17,28 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import RunConfig, parse_config, to_yaml
+from ldm.config import RunConfig, flat, parse_config, to_dict, to_yaml
 from ldm.data.batch import Batch
+from ldm.diffusion.corruption import corruption_loss, drawn_levels
 from ldm.diffusion.objective import Network, loss_per_sample
-from ldm.diffusion.timesteps import timesteps
+from ldm.diffusion.timesteps import stratified, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.durable import write_text
 from ldm.training.bad_numbers import StepNumbers, poisoned
-from ldm.training.distributed import first_lines, split_global_batch, start_accelerator
+from ldm.training.corruption_start import with_start
+from ldm.training.distributed import check_same, first_lines, roll_call, split_global_batch, start_accelerator
+from ldm.training.launched import engine_name
 from ldm.training.metrics import Clock, Console, peak_memory_gib, window_metrics
-from ldm.training.optimizer import learning_rate, set_learning_rate, step_unless
+from ldm.training.optimizer import learning_rate
 from ldm.training.outcome import INTERRUPTED, RunStatus, fail_before_start, only_program
 from ldm.training.previews import draw_previews
 from ldm.training.run import Run, build_run
 from ldm.training.run_state import finish_writing, resume, save
 from ldm.training.signals import StopRequest
+from ldm.training.stragglers import straggler
 from ldm.training.validation import validation_loss
+from ldm.training.watch import Watch
 from ldm.training.wrapping import resolve_precision
 
 
@@ -59,15 +64,29 @@ def train(
     config: RunConfig, accelerator: Accelerator, stop: StopRequest, status: RunStatus
 ) -> tuple[Literal["finished", "interrupted"], int]:
     """Runs or resumes the training of `config`; returns "finished" or "interrupted", and the steps done."""
+    say, peers = sayer(accelerator), roll_call(accelerator)
+    engine = engine_name(config.distributed, accelerator.num_processes)
+    # First of all: what one process alone refuses leaves the others waiting.
+    check_same(peers, flat(to_dict(config)) | {"engine": engine, "torch": torch.__version__})
     split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
-    say = sayer(accelerator)
-    for line in first_lines(accelerator, split):
+    for line in first_lines(accelerator, split, peers, engine):
         say(line)
-    run = build_run(config, accelerator, split, say)
+    with Watch(accelerator, peers, config.distributed.hang_minutes) as watch:
+        run = build_run(config, accelerator, split, say)
+        check_same(peers, {"data.shards, by their content": run.data.digest()})
+        return run_steps(run, stop, status, watch, say)
+
+
+def run_steps(
+    run: Run, stop: StopRequest, status: RunStatus, watch: Watch, say: Callable[[str], None]
+) -> tuple[Literal["finished", "interrupted"], int]:
+    """The steps of a run, from where it stands; as `train`."""
+    config, accelerator = run.config, run.accelerator
     start, steps = resume(run, say), config.training.steps
     if accelerator.is_main_process:
         write_text(to_yaml(config), run.run_dir / "config.yaml")
         status.write("running", start, "")
+    estimate_start(run)
     batches = run.data.training_batches(run.share, start, steps)
     held_out = run.data.validation_batches(run.share, config.validation.samples)
     done, clock = start, Clock()
@@ -76,6 +95,7 @@ def train(
         for step in range(start, steps):
             latents = train_step(run, step, batches, clock)
             done = step + 1
+            watch.alive(done)
             bar.update()
             stopping = stop.agreed(run.agreement)  # before what may take longer than the sender of a signal waits
             validating = held_out is not None and due(done, config.validation.every, steps)
@@ -102,33 +122,47 @@ def train(
     return outcome, done
 
 
+def estimate_start(run: Run) -> None:
+    """Estimates what sampling of a corruption starts from, where nothing tells it: of the run's first positions.
+
+    On the main process alone, which draws and saves; the same for any number of processes.
+    """
+    corruption = run.pipeline.corruption
+    if corruption is None or not corruption.lacks_start or not run.accelerator.is_main_process:
+        return
+    alone = replace(run.split, processes=1, accumulation=run.split.accumulation * run.split.processes)
+    steps = math.ceil(corruption.start_samples / run.config.training.global_batch)
+    batches = run.data.training_batches(replace(run.share, rank=0, split=alone), 0, steps)
+    latents = (latents_of(run, batch.to(run.accelerator.device)) for batch in batches)
+    run.pipeline.corruption = with_start(corruption, latents)
+
+
 def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> Tensor:
     """One optimizer step over one global batch; returns the last micro-batch's latents. `settle` ends it."""
-    config, accelerator = run.config, run.accelerator
+    config, engine = run.config, run.engine
     positions, losses = [], []
     for micro in range(run.split.accumulation):
         with clock.waiting():
             batch = next(batches)
         run.ledger.collect(batch.quarantined, len(batch.positions))
-        batch = batch.to(accelerator.device, non_blocking=True)
+        batch = batch.to(run.accelerator.device, non_blocking=True)
         # Gradients are exchanged once a step, in the last micro-batch's backward.
         last = micro == run.split.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(run.network):
-            loss, t, latents = batch_loss(run, run.network, batch)
+        with engine.exchanging(last):
+            with run.own_time.forward():
+                loss, t, latents = batch_loss(run, engine.network, batch)
             # All micro-batches have one size, so that the mean of their means is the mean of the global batch.
-            accelerator.backward(poisoned(loss) / run.split.accumulation)
-        run.window.add(loss.detach(), t, config.noise.num_train_timesteps, batch.dropped)
+            engine.backward(poisoned(loss) / run.split.accumulation)
+        run.window.add(loss.detach(), run.position(t), batch.dropped)
         positions.append(batch.positions)
         losses.append(loss.detach())
         clock.images += len(batch.positions) * run.split.processes
-    # After accumulation and, in fp16, unscaling: accelerate knows the scaler.
-    grad_norm = accelerator.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or math.inf)
+    engine.clip(config.optimizer.max_grad_norm)  # after accumulation
     with clock.paused():
         run.writer.wait_copied()  # a checkpoint's copy, which ran beside forward and backward
     settle(run)  # the step before, while the device computes this one: the average wants the weights of before
-    set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
-    skipped = step_unless(run.optimizer, ~grad_norm.isfinite())
-    run.optimizer.zero_grad(set_to_none=True)
+    skipped, grad_norm = engine.step(learning_rate(step, config.training.steps, config.optimizer))
+    run.own_time.step()
     run.bad_steps.hold(StepNumbers(step + 1, positions, losses), skipped, grad_norm)
     return latents
 
@@ -140,11 +174,20 @@ def settle(run: Run) -> None:
 
 
 def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per sample (B,), timesteps (B,) and latents (B, C, h, w) of a batch on the device."""
+    """Loss per sample (B,), times (B,) of the schedule and latents (B, C, h, w) of a batch on the device.
+
+    With a corruption its levels stand for the times.
+    """
     schedule, objective = run.pipeline.schedule, run.config.objective
     latents, conditioning = latents_of(run, batch), conditioning_of(run, batch)
+    if run.corruption is not None:
+        u = stratified(batch.u, batch.positions, run.config.training.global_batch) if objective.stratified else batch.u
+        level, distance = drawn_levels(u, run.corruption), (objective.distance, objective.huber_c)
+        loss = corruption_loss(network, run.corruption, latents, batch.noise, level, conditioning, *distance)
+        return loss, level, latents
     t = timesteps(batch.u, schedule, objective, batch.positions, run.config.training.global_batch)
-    return loss_per_sample(network, schedule, objective, latents, batch.noise, t, conditioning), t, latents
+    loss = loss_per_sample(network, schedule, objective, latents, batch.noise, t, conditioning, batch.offset)
+    return loss, t, latents
 
 
 @torch.no_grad()
@@ -181,6 +224,7 @@ def measure(run: Run, done: int, latents: Tensor, clock: Clock) -> dict[str, Any
         "quarantined": run.ledger.replaced,
         "skipped_steps": run.bad_steps.total,
         "memory_gib": peak_memory_gib(run.accelerator.device),
+        **straggler(run.agreement, run.own_time.read(clock.waited)),
         **clock.read(),
     }
 
@@ -192,19 +236,20 @@ def validate(run: Run, held_out: Iterable[Batch]) -> float:
 
     def loss_of(batch: Batch) -> Tensor:
         run.ledger.collect(batch.quarantined, len(batch.positions))
-        return batch_loss(run, run.pipeline.unet, batch.to(device))[0]
+        return batch_loss(run, unet, batch.to(device))[0]
 
-    return validation_loss(run.pipeline.unet, run.ema, held_out, loss_of, device)
+    with run.engine.averaged(run.ema) as unet:
+        return validation_loss(unet, held_out, loss_of, device)
 
 
 def preview(run: Run, done: int) -> None:
     """Draws the sample grid on the main process while the others wait. Collective."""
     settle(run)
-    if run.accelerator.is_main_process:
-        grid = draw_previews(
-            run.pipeline, run.ema, run.config.previews, seed=run.config.seed, step=done, run_dir=run.run_dir
-        )
-        run.metrics.picture(done, "samples", grid)
+    with run.engine.averaged(run.ema) as unet:
+        if run.accelerator.is_main_process:
+            pipeline = replace(run.pipeline, unet=unet)
+            grid = draw_previews(pipeline, run.config.previews, seed=run.config.seed, step=done, run_dir=run.run_dir)
+            run.metrics.picture(done, "samples", grid)
     run.accelerator.wait_for_everyone()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 # Imported by the server because the program imports them late, in each process.
 PRELOADED = (
     "ldm.train",
+    "ldm.training.engine_fsdp2",
     "accelerate.tracking",
     "torch.utils.data._utils.worker",
     "transformers.models.clip.modeling_clip",
@@ -127,6 +128,7 @@ class ForkServer:
         program: str = "ldm.train:main",
         hook: str | None = None,
         told: Any = None,
+        folders: Sequence[Path] = (),
     ) -> Processes:
         """Starts `program` with the words of its command line in `world` processes, in `folder` as working directory.
 
@@ -134,6 +136,7 @@ class ForkServer:
             folder: where `output.log` of all ranks grows too.
             program: "module:function", called with the words.
             hook: "module:function", called with `told` before the program; how a test puts something into it.
+            folders: working directories of the ranks, where each has its own.
         """
         # What torchrun sets; a single process is started as `python ldm/train.py` would start it.
         group = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
@@ -144,7 +147,8 @@ class ForkServer:
             environment = {"ACCELERATE_USE_CPU": "true"}
             if world > 1:
                 environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            job = {"words": list(words), "environment": environment, "folder": str(folder), "log": str(log)}
+            here = folders[rank] if folders else folder
+            job = {"words": list(words), "environment": environment, "folder": str(here), "log": str(log)}
             pids.append(self.ask(job | {"program": program, "hook": hook, "told": told}))
         return Processes(self, pids, log)
 

@@ -71,6 +71,13 @@ def install(told: list[dict[str, Any]]) -> None:
     ldm.train.batch_loss, ldm.train.train = bad_loss, telling
 
 
+def spoil(told: list[dict[str, Any]]) -> None:
+    """As `install`, without what each process came to: weights may be in parts."""
+    train = ldm.train.train
+    install(told)
+    ldm.train.train = train
+
+
 def spoiled(gradient: Tensor, value: float, handle: Any) -> Tensor:
     """The gradient with one bad number in it, once."""
     handle.remove()
@@ -100,17 +107,17 @@ def train_without(words: list[str]) -> int:
             continue
         for micro, batch in enumerate(micro_batches):
             last = micro == split.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(run.network):
-                loss, _, _ = ldm.train.batch_loss(run, run.network, batch)
+            with nullcontext() if last else accelerator.no_sync(run.engine.network):
+                loss, _, _ = ldm.train.batch_loss(run, run.engine.network, batch)
                 accelerator.backward(loss.mean() / split.accumulation)
-        accelerator.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm)
-        set_learning_rate(run.optimizer, learning_rate(step, config.training.steps, config.optimizer))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        accelerator.clip_grad_norm_(run.engine.network.parameters(), config.optimizer.max_grad_norm)
+        set_learning_rate(run.engine.optimizer, learning_rate(step, config.training.steps, config.optimizer))
+        run.engine.optimizer.step()
+        run.engine.optimizer.zero_grad()
         run.ema.update()
     if accelerator.is_main_process:
         tensors = {"weights": run.pipeline.unet.state_dict(), "average": run.ema.state_dict()}
-        for name, state in (tensors | {"optimizer": optimizer_tensors(run.optimizer.optimizer)}).items():
+        for name, state in (tensors | {"optimizer": optimizer_tensors(run.engine.optimizer.optimizer)}).items():
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, f"{name}.safetensors")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 bash launch/environment.sh demo,test
 # Two workers of one thread each: most tests are single small processes; those that launch several set their own number.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest --numprocesses "${LDM_TEST_WORKERS:-2}" --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses "${LDM_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

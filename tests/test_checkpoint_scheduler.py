@@ -40,7 +40,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[st
         {"rescale_betas_zero_snr": True},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"trained_betas": [0.1, 0.2]},
+        {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "prediction_type": "epsilon"},
         {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction", "own_setting": 3},
+        {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "sigma_max": 120.0},
+        {"_class_name": "EDMDPMSolverMultistepScheduler"},
     ],
     ids=lambda change: "-".join(change),
 )

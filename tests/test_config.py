@@ -34,6 +34,16 @@ def test_stable_diffusion_configs_train_epsilon_on_epsilon():
         assert (objective.parameterization, objective.loss) == ("epsilon", "epsilon")
 
 
+def test_the_flow_matching_config_is_that_of_stable_diffusion_but_for_noise_and_objective():
+    ours, epsilon = (to_dict(parse(f"--config={ROOT / 'configs' / name}.yaml")) for name in ("sd15_flow", "sd15"))
+    assert {one.split(".")[0].split(":")[0] for one in differences(epsilon, ours)} == {"continuous_noise", "objective"}
+    objective = parse(f"--config={ROOT / 'configs/sd15_flow.yaml'}").objective
+    assert (objective.parameterization, objective.loss, objective.weight) == ("flow", "flow", "uniform")
+    edm = ["--continuous_noise.kind=edm", "--objective.timestep_sampling=log_normal"]
+    edm += [f"--objective.{name}=edm" for name in ("parameterization", "loss", "weight")]
+    assert parse(f"--config={ROOT / 'configs/sd15_flow.yaml'}", *edm).continuous_noise.kind == "edm"
+
+
 def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line():
     config = parse(f"--config={DEBUG}", "--training.steps=7", "--run_dir=elsewhere")
     assert config.optimizer.beta1 == 0.9
@@ -70,9 +80,17 @@ def test_an_unknown_setting_in_the_file_is_an_error_that_names_it(part, name, tm
         ("--previews.sampler=dpm", "previews.sampler: found 'dpm'"),
         ("--noise.rescale_betas_zero_snr=true", "found 'epsilon' with zero terminal SNR"),
         ("--objective.parameterization=flow", "found 'flow', expected epsilon, v or x0"),
-        ("--objective.loss=flow --objective.offset_noise=0.1", "objective.offset_noise: found 0.1, expected 0"),
-        ("--objective.learned_variance=true", "objective.learned_variance: found True, expected false"),
-        ("--noise.beta_schedule=sigmoid", "noise.beta_schedule: found 'sigmoid', expected another"),
+        ("--continuous_noise.kind=vp", "continuous_noise.kind: found 'vp', expected 'flow' or 'edm'"),
+        ("--continuous_noise.kind=flow", "found 'epsilon' with continuous_noise.kind flow, expected flow or x0"),
+        ("--continuous_noise.kind=edm", "found 'epsilon' with continuous_noise.kind edm, expected edm"),
+        (
+            "--continuous_noise.kind=flow --objective.parameterization=flow --continuous_noise.sigma_max=50",
+            "continuous_noise.sigma_max: found 50 with kind flow, expected it unset",
+        ),
+        (
+            "--continuous_noise.kind=flow --objective.parameterization=flow --noise.beta_end=0.02",
+            "noise, continuous_noise: found both, expected one",
+        ),
         ("--previews.sampler=analytic_dpm", "previews.sampler: found 'analytic_dpm'"),
         ("--empty_caption=zeros", "empty_caption: found zeros, expected encoded for one encoder"),
         ("--init_from=", "init_from: empty, expected a folder"),

@@ -8,12 +8,10 @@ import pytest
 
 from ldm.training.distributed import (
     Agreement,
-    DistributedConfig,
-    EngineError,
     check_processes,
-    processes_in_command,
     split_global_batch,
 )
+from ldm.training.launched import DistributedConfig, EngineError, processes_in_command
 from ldm.training.signals import StopRequest
 
 

@@ -108,6 +108,8 @@ def test_the_integers_of_purposes_never_change() -> None:
         "SAMPLE_NOISE": 10,
         "SAMPLER_NOISE": 11,
         "VALIDATION": 12,
+        "OFFSET": 13,
+        "LIKELIHOOD": 14,
     }
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from tiny_models import make_clip, make_pipeline
 
 from ldm.data.shards import write_shards
-from ldm.evaluate import captions_of, choose_captions, features, main, read_pictures, retrieval
-from ldm.generation import generate
-from ldm.pipeline import Pipeline, save_pipeline
+from ldm.evaluate import main
+from ldm.evaluation.retrieval import captions_of, choose_captions, features, read_pictures, retrieval
+from ldm.pipeline.pipeline import Pipeline, save_pipeline
+from ldm.sampling.generation import generate
 
 
 def grey(levels: np.ndarray, size: int = 8) -> np.ndarray:
@@ -200,6 +201,15 @@ def test_encoded_shards_and_shards_without_a_usable_picture_are_refused(tmp_path
     write_shards([{"__key__": "a", "txt": "red"}], tmp_path / "bare", prefix="x", samples_per_shard=1)
     with pytest.raises(ValueError, match=r"not one picture with a caption; .*x-000000\.tar/a: no picture"):
         read_pictures(tmp_path / "bare", 16)
+
+
+def test_a_file_where_the_reports_would_go_is_said_before_anything_is_scored(pipeline, tmp_path, capsys) -> None:
+    save_pipeline(tmp_path / "model", pipeline)
+    (tmp_path / "file").write_text("")
+    words = ["--checkpoint", tmp_path / "model", "--shards", tmp_path, "--out", tmp_path / "file" / "out", *OPTIONS]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in words])
+    assert f"out: {tmp_path / 'file'} is a file, expected a folder" in capsys.readouterr().err
 
 
 def test_a_missing_manifest_is_said_with_the_command_that_makes_it(pipeline, tmp_path, capsys) -> None:

@@ -1,6 +1,6 @@
 """Processes killed at random instants, many inside a checkpoint write: the same command again gives the same run.
 
-Eight run here; all: LDM_KILLS=200 LDM_TEST_WORKERS=0 bash tests/run.sh -s tests/test_kills.py
+Six run here; all: LDM_KILLS=200 LDM_TEST_WORKERS=0 bash tests/run.sh -s tests/test_kills.py
 """
 
 import itertools
@@ -17,7 +17,7 @@ import tiny_runs
 import trials
 from forked_runs import ForkServer, Processes
 
-KILLS = trials.number("LDM_KILLS", 8)
+KILLS = trials.number("LDM_KILLS", 6)
 SHARE_INSIDE = 0.3
 """Of the kills, those that have to hit a checkpoint that is being written."""
 WORLDS = (1, 2, 4)

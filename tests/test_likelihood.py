@@ -13,7 +13,9 @@ from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfi
 from ldm.diffusion.denoiser import Predict, Prediction
 from ldm.diffusion.likelihood import (
     Bound,
+    ChosenTimesteps,
     bits_per_dimension,
+    choose_timesteps,
     continuous_bound,
     elbo,
     gauss_legendre,
@@ -157,27 +159,60 @@ def test_the_bound_adds_up_over_dimensions_and_is_told_in_bits() -> None:
     assert isinstance(found, Bound)
 
 
-def test_a_few_timesteps_estimate_the_bound_and_all_halves_make_up_the_whole() -> None:
+def test_drawn_timesteps_times_their_shares_have_the_mean_of_the_whole_sum() -> None:
+    """Over 4,000 evenly spaced draws, of terms that are anything from 0 to twice those of unit normal latents."""
+    draws = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000).expand(10, -1)
+    for schedule in (FEW, FEW_ZERO_SNR):
+        y = torch.log1p(schedule.sigma_hat(torch.arange(100)) ** -2)
+        lost = torch.cat([torch.zeros(1, dtype=torch.float64), -y.diff() / 2])
+        terms = lost * torch.from_numpy(np.random.default_rng(3).uniform(0, 2, size=100))
+        chosen = choose_timesteps(schedule, draws)
+        assert bool((chosen.t.diff(dim=0) >= 0).all())
+        mean = (terms[chosen.t] * chosen.shares).sum(0).mean()
+        assert mean.item() == pytest.approx(terms.sum().item(), rel=1e-3)
+        # Of unit normal latents, whose terms are half the information that they lose, each draw gives the sum itself.
+        each = (lost[chosen.t] * chosen.shares).sum(0)
+        torch.testing.assert_close(each, lost.sum().expand(4000), rtol=1e-12, atol=0)
+
+
+def test_a_bound_at_drawn_timesteps_estimates_that_at_all() -> None:
     data = gaussian(0.0, 0.6)
-    x0, noise, _ = crossed(POINTS, 8)
-    predict, asked = without_variance(data.denoise), []
+    x0, asked = data.sample(2000, seed=1), []
+    rng = np.random.default_rng(2)
 
-    def counted(t: int) -> Tensor:
-        asked.append(t)
-        return noise
+    def noise(term: int) -> Tensor:
+        asked.append(term)
+        return torch.from_numpy(rng.normal(size=x0.shape))
 
-    whole = elbo(predict, FEW, x0, lambda t: noise)
-    odd, even = (elbo(predict, FEW, x0, counted, at=[0, *range(first, 100, 2)]) for first in (1, 2))
-    assert asked == [*range(99, 0, -2), 0, *range(98, -1, -2)]
-    # 50 of 99 timesteps and 49: each stands for an equal share of the sum.
-    sums = (50 * odd.steps.sum(0) + 49 * even.steps.sum(0)) / 99
-    torch.testing.assert_close(sums, whole.steps.sum(0))
-    torch.testing.assert_close(odd.reconstruction, whole.reconstruction)
-    torch.testing.assert_close(odd.prior, whole.prior)
+    predict = without_variance(data.denoise)
+    whole = elbo(predict, FEW, x0, noise)
+    assert asked == [*range(99, 0, -1), 0]
+    assert whole.times[:, 0].tolist() == [*range(99, 0, -1)]
+    asked.clear()
+    some = elbo(predict, FEW, x0, noise, at=choose_timesteps(FEW, torch.from_numpy(rng.uniform(size=(8, 2000)))))
+    assert asked == [*range(8, 0, -1), 0]
+    assert some.steps.shape == some.times.shape == (8, 2000)
+    assert bool((some.times.diff(dim=0) <= 0).all())
+    difference = some.nats - whole.nats
+    assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(2000), "seeds 1, 2"
+    torch.testing.assert_close(some.prior, whole.prior)
 
 
-def test_in_continuous_time_the_bound_of_gaussian_data_is_the_log_density() -> None:
-    schedule = ContinuousSchedule(ContinuousScheduleConfig(kind="edm", sigma_min=1e-3, sigma_max=1e3))
+def test_what_is_known_of_the_noise_is_taken_from_the_terms_error_and_not_from_their_mean() -> None:
+    """Of unit normal data all that is left is the product of point and noise, which two opposite noises cancel."""
+    data, x0 = gaussian(0.0, 1.0), POINTS.view(-1, 1, 1, 1)
+    noise = torch.from_numpy(np.random.default_rng(4).normal(size=x0.shape))
+    predict = without_variance(data.denoise)
+    nats = sum(elbo(predict, FEW, x0, lambda t, sign=sign: sign * noise).nats for sign in (1, -1)) / 2
+    torch.testing.assert_close(-nats, Normal(0.0, 1.0).log_prob(POINTS), rtol=0, atol=1e-9)
+    flow = ContinuousSchedule(ContinuousScheduleConfig(kind="flow"))
+    nats = sum(continuous_bound(data.denoise, flow, x0, lambda t, sign=sign: sign * noise).nats for sign in (1, -1))
+    torch.testing.assert_close(-nats / 2, Normal(0.0, 1.0).log_prob(POINTS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "sigma_max"), [("edm", 1e3), ("flow", None), ("cosine", None)])
+def test_in_continuous_time_the_bound_of_gaussian_data_is_the_log_density(kind: str, sigma_max: float | None) -> None:
+    schedule = ContinuousSchedule(ContinuousScheduleConfig(kind=kind, sigma_min=1e-3, sigma_max=sigma_max))  # type: ignore[arg-type]
     x0, noise, weights = crossed(POINTS, 8)
     for mean, std in ((0.0, 1.0), (0.4, 0.5)):
         data = gaussian(mean, std)
@@ -210,11 +245,10 @@ def test_wrong_requests_are_errors() -> None:
         elbo(predict, SCHEDULE, x0, lambda t: x0, variance="fixed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the network puts out no second half"):
         elbo(predict, SCHEDULE, x0, lambda t: x0, variance="learned")
-    for at in ([5, 6], [0], [0, 1000], []):
-        with pytest.raises(ValueError, match="expected 0 and other timesteps up to 999"):
-            elbo(predict, SCHEDULE, x0, lambda t: x0, at=at)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for t in ([[0]], [[1000]], [[5, 6]], torch.empty(0, 1)):
+        with pytest.raises(ValueError, match=r"expected \(N, 1\) from 1 to 999"):
+            elbo(predict, SCHEDULE, x0, lambda t: x0, at=ChosenTimesteps(torch.as_tensor(t), one))
     flow = ContinuousSchedule(ContinuousScheduleConfig(kind="flow"))
-    with pytest.raises(ValueError, match="expected one with a finite sigma_max"):
-        continuous_bound(gaussian(0, 1).denoise, flow, x0, lambda node: x0)
     with pytest.raises(ValueError, match="nodes: found 0"):
         continuous_bound(gaussian(0, 1).denoise, flow, x0, lambda node: x0, nodes=0)

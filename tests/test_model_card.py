@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from ldm.model_card import CardConfig, model_card, without_path, without_paths
+from ldm.pipeline.model_card import CardConfig, model_card, without_path, without_paths
 
 CONFIG = {
     "run_dir": "/home/someone/runs/tiny",

@@ -11,8 +11,10 @@ from diffusers import DDIMScheduler
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
-from ldm.diffusion.schedule import ScheduleConfig
+from ldm.diffusion.continuous import ContinuousSchedule, ContinuousScheduleConfig
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.pipeline.scheduler import TrainedWith, write_scheduler
 from ldm.training.initial_weights import objective_changes
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -25,7 +27,8 @@ def changes(
     """The sentences for a run with one text encoder, unless `caption` tells what its two have for no caption."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
     autoencoder = AutoencoderConfig(**blocks, block_out_channels=[32], **(vae or {}))
-    found = objective_changes(str(source), predicted, ScheduleConfig(**noise), caption, autoencoder)
+    own = TrainedWith(Schedule(ScheduleConfig(**noise)), predicted)
+    found = objective_changes(str(source), own, caption, autoencoder)
     assert all(one.startswith("warning: ") for one in found)
     return [one.removeprefix("warning: ") for one in found]
 
@@ -170,3 +173,29 @@ def test_a_scheduler_beside_a_single_file_tells_what_it_predicts_and_its_noise(t
     written.rename(Path(file).with_suffix(".scheduler.json"))
     assert changes(file, "v") == ["noise.beta_end: 0.02 became 0.012"]
     assert changes(file, "epsilon")[0] == "objective: the source predicts v, this run trains it to predict epsilon"
+
+
+def test_another_kind_of_noise_than_the_folders_is_said(tmp_path):
+    flow = TrainedWith(ContinuousSchedule(ContinuousScheduleConfig(kind="flow")), "flow")
+    edm = TrainedWith(ContinuousSchedule(ContinuousScheduleConfig(kind="edm", sigma_max=50.0)), "edm", 0.5)
+    other = TrainedWith(ContinuousSchedule(ContinuousScheduleConfig(kind="edm")), "edm", 0.5)
+    timesteps = TrainedWith(Schedule(ScheduleConfig()), "epsilon")
+    folder, vae = pipeline(tmp_path / "p"), AutoencoderConfig()
+
+    def said(of: TrainedWith, run: TrainedWith) -> list[str]:
+        write_scheduler(folder, of)
+        return objective_changes(str(folder), run, None, vae)
+
+    for one in (flow, edm, timesteps):
+        assert said(one, one) == []
+    assert said(timesteps, flow) == [
+        "warning: objective: the source predicts epsilon, this run trains it to predict flow",
+        "warning: noise: timesteps became continuous flow",
+    ]
+    assert said(flow, edm)[1] == "warning: noise: continuous flow became continuous edm"
+    assert said(edm, other) == ["warning: continuous_noise.sigma_max: 50.0 became 80.0"]
+    assert said(other, other._replace(sigma_data=1.0)) == ["warning: objective.sigma_data: 0.5 became 1.0"]
+    # A whole checkpoint in one file is of timesteps, a network by itself of what nobody knows.
+    assert "noise: timesteps became continuous flow" in str(
+        objective_changes(str(single(tmp_path, "sd1")), flow, None, vae)
+    )

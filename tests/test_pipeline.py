@@ -9,11 +9,19 @@ import pytest
 import torch
 from tiny_models import MINILM, make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
 
-from ldm import generation
 from ldm.diffusion.schedule import ScheduleConfig
-from ldm.generation import decode_latents, encode_prompts, generate, initial_noise, sample_latents, step_noise, to_uint8
 from ldm.models.autoencoder import posterior_mean, scale_latents
-from ldm.pipeline import Pipeline, load_pipeline, save_pipeline
+from ldm.pipeline.pipeline import Pipeline, load_pipeline, save_pipeline
+from ldm.sampling import generation
+from ldm.sampling.generation import (
+    decode_latents,
+    encode_prompts,
+    generate,
+    initial_noise,
+    sample_latents,
+    step_noise,
+    to_uint8,
+)
 
 PROMPTS = ["red heart", "", "Flag of France", "a caption that is longer than the sixteen tokens of the encoder"]
 NEGATIVE = "blurry, ugly"

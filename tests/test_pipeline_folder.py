@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
 
-from ldm.generation import generate
-from ldm.pipeline import Pipeline, load_pipeline, save_pipeline
-from ldm.pipeline_folder import FILES, FILES_OF_PAIR
+from ldm.pipeline.folder import FILES, FILES_OF_PAIR
+from ldm.pipeline.pipeline import Pipeline, load_pipeline, save_pipeline
+from ldm.sampling.generation import generate
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,8 @@ def test_parts_that_do_not_fit_each_other_are_all_named_in_one_error(clip, pair,
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
         "unet/config.json: in_channels is 4, but vae/config.json: latent_channels is 16 (expected 16, or 33 for "
         "inpainting)",
-        "unet/config.json: out_channels is 4, but vae/config.json: latent_channels is 16",
+        "unet/config.json: out_channels is 4, but vae/config.json: latent_channels is 16 (expected 16, or 32 with "
+        "learned variance)",
         "unet/config.json: cross_attention_dim is 72, but the states of text_encoder/ and text_encoder_2/ together are "
         "80 wide",
         "unet/config.json: projection_class_embeddings_input_dim is 72, so that beside 6 sizes of 8 "

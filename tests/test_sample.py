@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from tiny_models import make_clip, make_pipeline
 
-from ldm.generation import generate
+from ldm.diffusion import samplers
 from ldm.grid import labelled_grid
-from ldm.pipeline import Pipeline, save_pipeline
+from ldm.pipeline.pipeline import Pipeline, save_pipeline
 from ldm.sample import main
+from ldm.sampling.generation import generate
 from ldm.training.checkpoint import HASHES, TrainingState, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +156,12 @@ def test_what_cannot_be_done_is_said_before_a_picture_is_drawn(run, tmp_path, ca
     (tmp_path / "latin.txt").write_bytes(b"gr\xfcn\n")
     assert "latin.txt is not UTF-8" in refusal(capsys, *base, "--prompts", tmp_path / "latin.txt")
     assert "no.txt" in refusal(capsys, *base, "--prompts", tmp_path / "no.txt")
+    assert "Is a directory" in refusal(capsys, *base, "--prompts", tmp_path)
+    for place in ("file/a.png", "file/b/folder"):
+        message = refusal(capsys, "--checkpoint", run, "--out", tmp_path / place, *prompt)
+        assert f"out: {tmp_path / 'file'} is a file, expected a folder" in message
+    message = refusal(capsys, *base, *prompt, "--latents_out", tmp_path / "file" / "a.safetensors")
+    assert f"latents_out: {tmp_path / 'file'} is a file, expected a folder" in message
     nowhere = tmp_path / "nowhere"
     message = refusal(capsys, "--checkpoint", nowhere, "--out", tmp_path / "a.png", *prompt)
     assert f"checkpoint: there is no folder {nowhere}" in message
@@ -164,6 +172,12 @@ def test_what_cannot_be_done_is_said_before_a_picture_is_drawn(run, tmp_path, ca
     assert "device: 'cuda:99' cannot be used here" in message
     assert "device: 'tpux'" in refusal(capsys, *base, *prompt, "--device", "tpux")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_tolerance_that_is_not_reached_is_said_without_a_traceback(run, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(samplers.SAMPLERS, "ode_adaptive", partial(samplers.ode_adaptive, max_steps=1))
+    words = ["--checkpoint", run, "--out", tmp_path / "a.png", "--prompt=a", "--sampler=ode_adaptive", "--device=cpu"]
+    assert "ODE: 1 steps reached" in refusal(capsys, *words)
 
 
 def test_incomplete_and_altered_checkpoints_are_refused_by_file_name(pipeline, tmp_path, capsys) -> None:
@@ -188,3 +202,14 @@ def test_a_prompt_longer_than_the_encoder_takes_is_drawn_and_reported_with_its_t
         main(["--checkpoint", str(run), "--prompt", prompt, "--out", str(tmp_path / "a.png"), *FAST])
     assert (tmp_path / "a.png").is_file()
     assert f"cut to the 16 that text_encoder takes (further ones are counted, not reported): {prompt!r}" in caplog.text
+
+
+def test_an_unconditional_model_is_refused_by_its_class(tmp_path, capsys) -> None:
+    # Guidance would have nothing to lead away from, and the prompt nowhere to go.
+    import diffusers
+
+    edges = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    network = diffusers.UNet2DModel(sample_size=8, norm_num_groups=4, layers_per_block=1, **edges)
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "uncond")
+    message = refusal(capsys, "--checkpoint", tmp_path / "uncond", "--prompt=a", "--out", tmp_path / "a.png")
+    assert "_class_name is 'DDPMPipeline', expected one of 'StableDiffusionPipeline'" in message

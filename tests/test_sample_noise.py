@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import make_clip, make_pipeline
 
-from ldm.generation import decode_latents, generate, initial_noise
 from ldm.models.durable import file_hash
-from ldm.pipeline import Pipeline, save_pipeline
+from ldm.pipeline.pipeline import Pipeline, save_pipeline
 from ldm.sample import main
+from ldm.sampling.generation import decode_latents, generate, initial_noise
 
 FAST = ["--steps=3", "--sampler=ddim", "--guidance=3", "--device=cpu"]
 SETTINGS: dict[str, Any] = {"seed": 0, "steps": 3, "sampler": "ddim", "guidance": 3.0}

@@ -23,10 +23,10 @@ from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.quarantine import Ledger
 from ldm.data.shards import write_shards
 from ldm.diffusion.objective_config import ObjectiveConfig
-from ldm.generation import decode_latents, generate
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
-from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import Pipeline
+from ldm.sampling.generation import decode_latents, generate
 from ldm.train import batch_loss, latents_of
 
 FACTOR, SHIFT = 0.7, 0.3
@@ -48,7 +48,7 @@ class Case(NamedTuple):
         """Of a run, what a batch's loss is computed with."""
         objective = ObjectiveConfig(parameterization="x0", loss="x0")
         config = SimpleNamespace(objective=objective, training=SimpleNamespace(global_batch=COUNT))
-        return SimpleNamespace(config=config, pipeline=self.pipeline)
+        return SimpleNamespace(config=config, pipeline=self.pipeline, corruption=None)
 
 
 @pytest.fixture(scope="module", params=[4, 16], ids=["4 channels", "16 channels"])

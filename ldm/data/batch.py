@@ -50,7 +50,9 @@ class Batch:
     posterior_noise: Tensor
     """(B, C, h, w) float32, standard normal, for the latent out of its moments"""
     noise: Tensor
-    """(B, C, h, w) float32, standard normal"""
+    """(B, C, h, w) float32, standard normal; with a channel more where the run's corruption takes one"""
+    offset: Tensor | None
+    """(B, C) float32, standard normal, for the offset of each channel's noise; None where the run has none"""
     quarantined: list[Quarantined] = field(default_factory=list)
     """Samples that could not be used and were replaced in this batch"""
 

@@ -42,6 +42,8 @@ class SampleDataset(Dataset[Batch]):
             another shape have its h and w in the same proportion.
         shuffle: False takes the samples in the order of the files, as validation does.
         global_batch: samples of a step; needed with buckets.
+        offset: draw the offsets of offset noise, too.
+        more_noise: channels that the noise has more than the latents.
         progress: show a bar where it takes long.
 
     Raises:
@@ -59,6 +61,8 @@ class SampleDataset(Dataset[Batch]):
         latent_shape: tuple[int, int, int],
         shuffle: bool = True,
         global_batch: int | None = None,
+        offset: bool = False,
+        more_noise: int = 0,
         progress: bool = False,
     ) -> None:
         self.config = config
@@ -89,7 +93,7 @@ class SampleDataset(Dataset[Batch]):
             ShardReader(manifest, config.verify, open_shards, label)
             for manifest, label in zip(self.manifests, labels, strict=True)
         ]
-        square = self._form(latent_shape)
+        square = self._form(latent_shape)._replace(offset=offset, more_noise=more_noise)
         self.forms = [
             square._replace(pixels=(h, w), latent=(latent_shape[0], h // factor, w // factor)) for h, w in self.buckets
         ]

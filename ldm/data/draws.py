@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 10  # initial noise of a generated picture
     SAMPLER_NOISE = 11  # noise added by a stochastic sampler
     VALIDATION = 12  # the seed of the validation draws
+    OFFSET = 13  # the offset of each channel's noise
+    LIKELIHOOD = 14  # the seed of the draws that estimate a likelihood
 
 
 class _Readdressed(threading.local):

@@ -90,6 +90,8 @@ def make_loader(
     positions: Positions,
     *,
     latent_shape: tuple[int, int, int],
+    offset: bool = False,
+    more_noise: int = 0,
     context: str | None = None,
 ) -> DataLoader[Batch]:
     """Micro-batches of one process, in order.
@@ -99,6 +101,8 @@ def make_loader(
     Args:
         manifests: of the sources in `config.shards`, in their order.
         latent_shape: (C, h, w) of a square picture.
+        offset: draw the offsets of offset noise, too.
+        more_noise: channels that the noise has more than the latents.
         context: how workers start, "fork", "spawn" or "forkserver"; None is the platform's way.
 
     Raises:
@@ -112,7 +116,16 @@ def make_loader(
         for manifest in several:
             manifest.check_files()
     global_batch = positions.global_batch
-    dataset = SampleDataset(config, several, seed, latent_shape=latent_shape, global_batch=global_batch, progress=first)
+    dataset = SampleDataset(
+        config,
+        several,
+        seed,
+        latent_shape=latent_shape,
+        global_batch=global_batch,
+        offset=offset,
+        more_noise=more_noise,
+        progress=first,
+    )
     if first and len(dataset.buckets) > 1:
         warn_of_small_buckets(dataset.buckets, dataset.order.counts, global_batch)
     return _loader(dataset, positions, context)
@@ -128,6 +141,8 @@ def make_validation_loader(
     world: int,
     micro_batch: int,
     samples: int | None = None,
+    offset: bool = False,
+    more_noise: int = 0,
     context: str | None = None,
 ) -> DataLoader[Batch]:
     """Batches of one process over the first `samples` held-out samples (None: all), the same at each iteration.
@@ -140,6 +155,8 @@ def make_validation_loader(
     Args:
         manifest: of the held-out shards.
         micro_batch: about how many samples a batch holds, at most one more.
+        offset: draw the offsets of offset noise, too.
+        more_noise: channels that the noise has more than the latents.
 
     Raises:
         ValueError: too few samples for the processes, or shards that do not fit the config.
@@ -150,7 +167,9 @@ def make_validation_loader(
         manifest.check_files()
     config = replace(config, caption_dropout=0.0, flip=0.0, crop="center")
     own_seed = int(generator(seed, Purpose.VALIDATION).bit_generator.random_raw())
-    dataset = SampleDataset(config, manifest, own_seed, latent_shape=latent_shape, shuffle=False)
+    dataset = SampleDataset(
+        config, manifest, own_seed, latent_shape=latent_shape, shuffle=False, offset=offset, more_noise=more_noise
+    )
     total = min(len(dataset), len(dataset) if samples is None else samples)
     groups: list[Sequence[int]] = [range(total)]
     if len(dataset.buckets) > 1:

@@ -4,6 +4,7 @@ In: members as they lie in a shard, the run's seed, the positions in the run.
 Out: `Draws` and `Sample`, one a position, and the `Batch` of them; where the members come from does not matter.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Form(NamedTuple):
     pixels: tuple[int, int]
     """Height and width of the pictures"""
     latent: tuple[int, int, int]
-    """(C, h, w) of the noises, and of half the moments"""
+    """(C, h, w) of the latents' noise, and of half the moments"""
     text: tuple[int, ...] | None = None
     """(L, D) of the text states; None where the shards have none"""
     text_dtype: torch.dtype = torch.float16
@@ -64,12 +65,22 @@ class Form(NamedTuple):
     """(P,) of the pooled text; None where the shards have none"""
     pooled_dtype: torch.dtype = torch.float16
     moments_dtype: torch.dtype = torch.float32
+    offset: bool = False
+    """Whether offsets of the noise are drawn"""
+    more_noise: int = 0
+    """Channels that the noise has more than the latents"""
 
     @property
     def moments(self) -> tuple[int, int, int]:
         """(2C, h, w)"""
         channels, height, width = self.latent
         return 2 * channels, height, width
+
+    @property
+    def noise(self) -> tuple[int, int, int]:
+        """(C, h, w), or with more channels"""
+        channels, height, width = self.latent
+        return channels + self.more_noise, height, width
 
 
 class Sample(NamedTuple):
@@ -233,12 +244,15 @@ def collate(
     quarantined: list[Quarantined],
 ) -> Batch:
     """The batch, with its noises drawn."""
-    shape = contents.form.latent
-    noises = np.empty((2, len(positions), *shape), dtype=np.float32)
-    for row, position in enumerate(positions):
-        normal(seed, Purpose.POSTERIOR, position, shape=shape, out=noises[0, row])
-        normal(seed, Purpose.NOISE, position, shape=shape, out=noises[1, row])
-    posterior_noise, noise = torch.from_numpy(noises)  # one storage, sent once
+    shapes = [(len(positions), *one) for one in (contents.form.latent, contents.form.noise)]
+    sizes = [math.prod(shape) for shape in shapes]
+    noises = torch.empty(sum(sizes)).split(sizes)  # one storage, sent once
+    posterior_noise, noise = (one.view(shape) for one, shape in zip(noises, shapes, strict=True))
+    for purpose, drawn in ((Purpose.POSTERIOR, posterior_noise.numpy()), (Purpose.NOISE, noise.numpy())):
+        for row, position in enumerate(positions):
+            normal(seed, purpose, position, shape=drawn.shape[1:], out=drawn[row])
+    channels = contents.form.latent[0]
+    offset = torch.from_numpy(_offsets(seed, positions, channels)) if contents.form.offset else None
     return Batch(
         positions=torch.tensor(positions, dtype=torch.int64),
         keys=contents.keys,
@@ -252,5 +266,14 @@ def collate(
         u=torch.tensor([one.u for one in draws], dtype=torch.float64),
         posterior_noise=posterior_noise,
         noise=noise,
+        offset=offset,
         quarantined=quarantined,
     )
+
+
+def _offsets(seed: int, positions: Sequence[int], channels: int) -> np.ndarray:
+    """Standard normal draws of each position, (B, C) float32."""
+    drawn = np.empty((len(positions), channels), dtype=np.float32)
+    for row, position in enumerate(positions):
+        normal(seed, Purpose.OFFSET, position, shape=(channels,), out=drawn[row])
+    return drawn

@@ -203,6 +203,8 @@ def make_stream_loader(
     positions: Positions,
     *,
     latent_shape: tuple[int, int, int],
+    offset: bool = False,
+    more_noise: int = 0,
     context: str | None = None,
     text_shape: tuple[int, int] | None = None,
     pooled_size: int | None = None,
@@ -211,6 +213,8 @@ def make_stream_loader(
 
     Args:
         latent_shape: (C, h, w).
+        offset: draw the offsets of offset noise, too.
+        more_noise: channels that the noise has more than the latents.
         context: how workers start, "fork", "spawn" or "forkserver"; None is the platform's way.
         text_shape: (L, D) of the states that the text encoder gives; None where nothing is known of it.
         pooled_size: P of the pooled text that a second text encoder gives, 0 without one; None where nothing is known.
@@ -219,7 +223,9 @@ def make_stream_loader(
         ValueError: the stream's samples do not fit the config.
         StreamError: none of the first tars gives a sample; while iterating, nothing comes any more.
     """
-    form = first_form(config, stream, latent_shape, text_shape, pooled_size)
+    form = first_form(config, stream, latent_shape, text_shape, pooled_size)._replace(
+        offset=offset, more_noise=more_noise
+    )
     if form.encoded and positions.rank == 0:
         warnings.warn(
             "data.stream: the samples are encoded, and nothing tells what encoded them: nobody can tell whether they "

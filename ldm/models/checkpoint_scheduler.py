@@ -12,18 +12,21 @@ from ldm.models.pretrained import read_json
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 """In a pipeline's folder."""
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+EPSILON = "epsilon"
+"""What every scheduler of diffusers takes where its file names no prediction."""
+PREDICTIONS = (EPSILON, "v_prediction", "sample", "flow_prediction")
 
 # What training fixed: with another value the same weights give noise. The rest is a matter of sampling. Beside each:
 # what every sampler of diffusers takes where its file has no such field; of betas they take different ones.
 _ABSENT = {
-    "prediction_type": "epsilon",
     "num_train_timesteps": 1000,
     "beta_start": None,
     "beta_end": None,
     "beta_schedule": None,
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
+    "use_flow_sigmas": False,
+    "sigma_data": None,
 }
 
 
@@ -66,7 +69,12 @@ def beside(file: Path) -> Path:
 
 def differ(found: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether weights trained with one scheduler would be used wrongly with the other."""
-    return any(found.get(name, absent) != other.get(name, absent) for name, absent in _ABSENT.items())
+    learned = [values.get("variance_type") == "learned_range" for values in (found, other)]
+    return (
+        learned[0] != learned[1]
+        or predicted(found) != predicted(other)
+        or any(found.get(name, absent) != other.get(name, absent) for name, absent in _ABSENT.items())
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -78,12 +86,19 @@ def read(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values.get("_class_name"), str):
         raise ValueError(f"{path}: expected a diffusers scheduler's settings, with its _class_name")
-    prediction = predicted(values)
+    prediction = values.get("prediction_type", EPSILON)
     if prediction not in PREDICTIONS:
         raise ValueError(f"{path}: prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
     return values
 
 
 def predicted(values: Mapping[str, Any]) -> Any:
-    """prediction_type of a scheduler's settings."""
-    return values.get("prediction_type", _ABSENT["prediction_type"])
+    """prediction_type of a scheduler's settings, or what stands for it in those of one kind of model alone.
+
+    Schedulers of flow matching have no such field, and EDM's call their own preconditioned output epsilon.
+    """
+    kind = str(values.get("_class_name"))
+    if kind.startswith("FlowMatch"):
+        return "flow_prediction"
+    prediction = values.get("prediction_type", EPSILON)
+    return f"EDM's {prediction}" if kind.startswith("EDM") else prediction

@@ -7,47 +7,30 @@ run's first lines. Everything here is collective: each process calls it at the s
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
+    gather_object,
 )
 
-
-class EngineError(RuntimeError):
-    """The processes or the engine that run are not those that were asked for."""
-
-
-@dataclass
-class DistributedConfig:
-    """What the launcher is expected to have started; the run stops at once when it is something else."""
-
-    engine: Literal["auto", "single", "ddp"] = "auto"
-    """Engine that must be active: single (one process), ddp, or auto (ddp when there are several processes)."""
-    processes: int | None = None
-    """Total number of processes that must be running; unset: what the launcher's own command line asks for."""
-    timeout_minutes: float = 10.0
-    """Minutes after which a collective that a lost process does not join ends the run with an error."""
-
-    def __post_init__(self) -> None:
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"distributed.processes: found {self.processes}, expected 1 or more")
-        if self.engine == "single" and self.processes not in (None, 1):
-            raise ValueError(f"distributed.engine is single, but distributed.processes is {self.processes}")
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"distributed.timeout_minutes: found {self.timeout_minutes}, expected a positive number")
+from ldm.training.launched import (
+    DistributedConfig,
+    EngineError,
+    engine_name,
+    processes_asked_of_launcher,
+    without_plugins,
+)
 
 
 @dataclass(frozen=True)
@@ -100,54 +83,13 @@ def start_accelerator(config: DistributedConfig, mixed_precision: str) -> Accele
         # Named for one process alone, a backend makes accelerate look for a process group that nobody started.
         backend = "nccl" if has_gpu else "gloo"
         handlers.append(InitProcessGroupKwargs(backend, timeout=timedelta(minutes=config.timeout_minutes)))
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not has_gpu, kwargs_handlers=handlers)
-    check_processes(accelerator, wanted, config.engine)
+    engine = engine_name(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with without_plugins():
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not has_gpu, kwargs_handlers=handlers)
+    check_processes(accelerator, wanted, engine)
+    if engine not in ("single", "ddp") and not dist.is_initialized():  # one process that offloads
+        dist.init_process_group("nccl" if has_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     return accelerator
-
-
-def processes_asked_of_launcher() -> int | None:
-    """The --num_processes (or --nproc_per_node) of the launcher that is this program's parent; None when it has none.
-
-    `accelerate launch --cpu --num_processes 2` runs one process and exits 0: only the launcher's own command line tells
-    what its user meant.
-    """
-    try:
-        parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
-    except psutil.Error:
-        return None
-    if not any("accelerate" in Path(word).name or "torchrun" in Path(word).name for word in words[:4]):
-        return None
-    return processes_in_command(words)
-
-
-def processes_in_command(words: Sequence[str]) -> int | None:
-    """Total number of processes that a launcher's command line asks for, its --config_file included."""
-    options: dict[str, str] = {}
-    for i, word in enumerate(words):
-        if word.endswith(".py"):  # from here on the words are the program's own
-            break
-        if word.startswith("--"):
-            name, _, value = word.partition("=")
-            following = words[i + 1] if i + 1 < len(words) else ""
-            options[name.lstrip("-").replace("-", "_")] = value or following
-    if "num_processes" in options:
-        return _integer(options["num_processes"])
-    if "nproc_per_node" in options:
-        per_node, nodes = _integer(options["nproc_per_node"]), _integer(options.get("nnodes", "1"))
-        return per_node * nodes if per_node is not None and nodes is not None else None
-    if "config_file" in options:
-        try:
-            content = yaml.safe_load(Path(options["config_file"]).read_text())
-        except (OSError, yaml.YAMLError):
-            return None  # the launcher itself has the better message for a file that it cannot read
-        found = content.get("num_processes") if isinstance(content, dict) else None
-        return int(found) if found is not None else None
-    return None
-
-
-def _integer(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
 
 
 def check_processes(accelerator: Accelerator, wanted: int | None, engine: str) -> None:
@@ -174,7 +116,7 @@ def check_processes(accelerator: Accelerator, wanted: int | None, engine: str) -
         DistributedType.MULTI_CPU,
     ):
         raise EngineError(f"engine {accelerator.distributed_type.value} is not supported; use one process or DDP")
-    if engine != "auto" and engine != active:
+    if engine in ("single", "ddp") and engine != active:
         raise EngineError(f"distributed.engine is {engine}, but the launcher started {active} with {running} processes")
     if running > 1:
         ranks = torch.full((1,), float(accelerator.process_index), device=accelerator.device)
@@ -183,18 +125,69 @@ def check_processes(accelerator: Accelerator, wanted: int | None, engine: str) -
             raise EngineError(f"{running} processes do not reach each other: sum of ranks {ranks.item()}")
 
 
-def first_lines(accelerator: Accelerator, split: BatchSplit) -> list[str]:
+TITLES = {
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One process of the run."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"process {self.rank} on host {self.host} (pid {self.pid})"
+
+
+def roll_call(accelerator: Accelerator) -> list[Peer]:
+    """All processes of the run, by rank. Collective."""
+    cuda = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return list(gather_object([Peer(accelerator.process_index, platform.node(), os.getpid(), device)]))
+
+
+def first_lines(accelerator: Accelerator, split: BatchSplit, peers: Sequence[Peer], engine: str) -> list[str]:
     """What a run says before anything else: engine, processes, devices, precision, split of the global batch."""
-    world = accelerator.num_processes
-    engine = "one process" if world == 1 else f"DDP over {dist.get_backend()}, {world} processes"
-    device = (
-        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    count = "one process" if len(peers) == 1 else f"{len(peers)} processes"
+    title = count if engine == "single" else f"{TITLES[engine]} over {dist.get_backend()}, {count}"
+    devices = ", ".join(f"{number} x {device}" for device, number in Counter(peer.device for peer in peers).items())
+    hosts = ", ".join(f"{host} ({number})" for host, number in Counter(peer.host for peer in peers).items())
     return [
-        f"engine: {engine}; {device} each; host {platform.node()}; mixed precision {accelerator.mixed_precision}",
-        f"global batch {split.global_batch} = {split.processes} processes x {split.accumulation} accumulation "
-        f"x {split.micro_batch} micro-batch; torch {torch.__version__}",
+        f"engine: {title}; {devices}; hosts: {hosts}; mixed precision {accelerator.mixed_precision}",
+        f"global batch {split.global_batch} = {split.micro_batch} micro-batch x {split.accumulation} accumulation "
+        f"x {split.processes} processes; torch {torch.__version__}",
     ]
+
+
+def check_same(peers: Sequence[Peer], what: Mapping[str, Any]) -> None:
+    """Raises EngineError on all processes, with each name whose value is not that of the main process. Collective.
+
+    Args:
+        what: flat, of plain values.
+    """
+    everyone = gather_object([dict(what)])
+    first = everyone[0]
+    lines = [
+        f"{name}: {first.get(name)!r} for {peers[0]}, {theirs.get(name)!r} for {peer}"
+        for peer, theirs in zip(peers, everyone, strict=True)
+        for name in sorted(first.keys() | theirs.keys())
+        if first.get(name) != theirs.get(name)
+    ]
+    if lines:
+        more = f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""
+        raise EngineError(
+            "the processes were not started for the same run; give all hosts the same config, data and versions:\n  "
+            + "\n  ".join(lines[:20])
+            + more
+        )
 
 
 class Agreement:
@@ -211,6 +204,15 @@ class Agreement:
         shared = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
         return int(shared.item())
+
+    def each(self, value: float) -> list[float]:
+        """The value of each process, by rank. Collective."""
+        if self._group is None:
+            return [value]
+        shared = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        shared[dist.get_rank()] = value
+        dist.all_reduce(shared, group=self._group)
+        return list(shared.tolist())
 
     def wait(self, ready: Callable[[], bool], every_seconds: float = 0.05) -> None:
         """Returns on all processes once `ready()` is true on each: no wait that a collective's timeout could end.

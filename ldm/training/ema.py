@@ -4,7 +4,7 @@ Enters: the network's named parameters after each optimizer step. Leaves: averag
 state dict for checkpoints or swapped into the network for sampling and validation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,12 +33,17 @@ class EMA:
     the network afterwards changes nothing here.
     """
 
-    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
+    def __init__(self, module: nn.Module, config: EMAConfig, parts: Callable[[], list[Tensor]] | None = None) -> None:
+        """`parts`: where an engine shards the module, this process's part of each parameter; the average is of these.
+
+        `state_dict` and `load_state_dict` then give and take parts, and `applied` does not work.
+        """
         self.config = config
         self.updates = 0
         self._module = module
-        self._names = [name for name, _ in module.named_parameters()]
-        self._average = [p.detach().to(torch.float32, copy=True) for p in module.parameters()]
+        self._parts = parts or (lambda: list(module.parameters()))
+        self.names = [name for name, _ in module.named_parameters()]
+        self._average = [p.detach().to(torch.float32, copy=True) for p in self._parts()]
 
     def decay(self, update: int) -> float:
         """Decay of update k = 0, 1, 2, ...; the configured value is never overwritten."""
@@ -50,18 +55,18 @@ class EMA:
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * weights; once per optimizer step, not per micro-batch."""
         weight = 1.0 - self.decay(self.updates)
-        torch._foreach_lerp_(self._average, [p.float() for p in self._module.parameters()], weight)
+        torch._foreach_lerp_(self._average, [p.float() for p in self._parts()], weight)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's state dict with averaged parameters, float32, under the module's own names."""
         state = dict(self._module.state_dict())
-        state.update(zip(self._names, self._average, strict=True))
+        state.update(zip(self.names, self._average, strict=True))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Puts back an average and the number of updates it has seen; raises KeyError or ValueError by name."""
-        for name, average in zip(self._names, self._average, strict=True):
+        for name, average in zip(self.names, self._average, strict=True):
             if name not in state:
                 raise KeyError(f"the averaged weights lack {name}")
             if state[name].shape != average.shape:

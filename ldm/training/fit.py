@@ -12,7 +12,7 @@ from ldm.data.encoding import encoder_identity, identity_problems
 from ldm.data.manifest import Manifest
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
-from ldm.pipeline_fit import inpaints
+from ldm.pipeline.fit import inpaints, learns_variance
 from ldm.training.checkpoint import CheckpointError
 
 
@@ -59,8 +59,22 @@ def latent_problems(config: RunConfig, autoencoder: AutoencoderKL) -> Iterator[s
         )
     elif config.unet.in_channels != channels:
         yield f"unet.in_channels is {config.unet.in_channels}, but the autoencoder's latents have {channels}"
-    if config.unet.out_channels != channels:
-        yield f"unet.out_channels is {config.unet.out_channels}, but the autoencoder's latents have {channels}"
+    expected = channels * (2 if config.objective.learned_variance else 1)
+    if config.unet.out_channels == expected:
+        return
+    found = f"unet.out_channels is {config.unet.out_channels}, but the autoencoder's latents have {channels}"
+    if config.objective.learned_variance:
+        yield (
+            f"{found} and objective.learned_variance is true: expected {expected}, the second half for the variance; "
+            "or set objective.learned_variance to false"
+        )
+    elif learns_variance(config.unet, autoencoder.config):
+        yield (
+            f"{found}: the second half would be a variance, which this objective does not train; set "
+            f"objective.learned_variance to true, or unet.out_channels to {channels}"
+        )
+    else:
+        yield found
 
 
 def text_problems(config: RunConfig, text_encoder: TextConditioner) -> Iterator[str]:

@@ -49,9 +49,9 @@ class MetricsConfig:
 class LossWindow:
     """Sums of losses since the last logged step, on the device, without a host synchronization.
 
-    Row q of `sums` and `counts` is the q-th quarter of the noise range (timesteps 0-249, 250-499, ... of 1000), so that
-    loss and loss by quarter come from the same numbers. The sums are part of a checkpoint: the line that a resumed run
-    logs next is that of an undisturbed run.
+    Row q of `sums` and `counts` is the q-th quarter of the noise range (timesteps 0-249, 250-499, ... of 1000; quarters
+    of continuous time, and for edm of the logarithm of sigma), so that loss and loss by quarter come from the same
+    numbers. The sums are part of a checkpoint: the line that a resumed run logs next is that of an undisturbed run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,9 +61,9 @@ class LossWindow:
         self.dropped = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, loss: Tensor, t: Tensor, num_timesteps: int, dropped: Tensor) -> None:
-        """Adds a micro-batch: loss (B,), timesteps t (B,) in [0, num_timesteps), dropped captions (B,) bool."""
-        quarter = t.long() * QUARTERS // num_timesteps
+    def add(self, loss: Tensor, position: Tensor, dropped: Tensor) -> None:
+        """Adds a micro-batch: loss (B,), positions (B,) in [0, 1] of the noise range, dropped captions (B,) bool."""
+        quarter = (position * QUARTERS).long().clamp(max=QUARTERS - 1)  # the noisiest end is in the last
         # A loss that is not finite is counted elsewhere (bad_numbers.py); in these sums it would hide all others.
         finite = loss.isfinite()
         self.sums.index_add_(0, quarter, torch.where(finite, loss.double(), 0.0))

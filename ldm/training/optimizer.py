@@ -5,13 +5,16 @@ the optimizer's state as one flat dict of named tensors, which is what a checkpo
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, in its shape; besides them it has `step`, a number."""
 
 
 @dataclass
@@ -133,29 +136,41 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave.
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave; raises ValueError as `optimizer_state`."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    states = optimizer_state(tensors, {name: parameter.shape for name, parameter in parameters.items()})
+    for name, parameter in parameters.items():
+        step, *moments = states[name]
+        # In the parameter's memory format: fused kernels run over storage, and files hold rows of NCHW.
+        placed = [torch.empty_like(parameter, dtype=torch.float32).copy_(moment) for moment in moments]
+        state = {"step": step.to(parameter.device, torch.float32), **dict(zip(MOMENTS, placed, strict=True))}
+        optimizer.state[parameter] = state
+
+
+def optimizer_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, list[Tensor]]:
+    """For each parameter its step and its moments, out of what `optimizer_tensors` gave.
 
     Raises:
         ValueError: a parameter without state, a state without parameter, or a state of another shape, by name.
     """
     left = dict(tensors)
+    states: dict[str, list[Tensor]] = {name: [] for name in shapes}
     problems = []
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            state = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = left.pop(f"{name}/{key}", None)
-                if value is None:
-                    problems.append(f"{name}/{key} is missing")
-                elif key != "step" and value.shape != parameter.shape:
-                    problems.append(f"{name}/{key} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-                elif key == "step":
-                    state[key] = value.to(parameter.device, torch.float32)
-                else:
-                    # In the parameter's memory format: fused kernels run over storage, and files hold rows of NCHW.
-                    state[key] = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
-            optimizer.state[parameter] = state
+    for name, shape in shapes.items():
+        for key in ("step", *MOMENTS):
+            value = left.pop(f"{name}/{key}", None)
+            if value is None:
+                problems.append(f"{name}/{key} is missing")
+            elif key != "step" and value.shape != shape:
+                problems.append(f"{name}/{key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+            else:
+                states[name].append(value)
     problems += [f"{key} belongs to no parameter of this network" for key in left]
     if problems:
         raise ValueError("the optimizer state does not fit this network: " + "; ".join(problems))
+    return states

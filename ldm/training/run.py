@@ -7,45 +7,45 @@ Enters: a RunConfig and the processes that run. Leaves: a Run, which run_state.p
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
-from ldm.config import RunConfig, to_dict
+from ldm.config import RunConfig, forward_process, to_dict
 from ldm.data.quarantine import Ledger
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.corruption import Corruption
+from ldm.diffusion.corruption_config import build_corruption
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.text_loading import FOLDERS
 from ldm.models.unet import UNet
-from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import Pipeline
 from ldm.training.bad_numbers import LOG, BadSteps
 from ldm.training.checkpoint_writer import CheckpointWriter
 from ldm.training.distributed import Agreement, BatchSplit
 from ldm.training.ema import EMA
+from ldm.training.engine import Engine
 from ldm.training.fit import check_parts, loading
+from ldm.training.launched import engine_name
 from ldm.training.metrics import LossWindow, MetricsWriter
-from ldm.training.optimizer import make_optimizer
 from ldm.training.own_checkpoints import checked_source
 from ldm.training.run_data import RunData, Share
+from ldm.training.stragglers import OwnTime
 from ldm.training.wrapping import settle_buckets, wrap_network
 
 
 @dataclass
 class Run:
-    """The parts of a run in training; `network` is what the engine wraps around `pipeline.unet`."""
+    """The parts of a run in training; `engine.network` is what the engine wraps around `pipeline.unet`."""
 
     config: RunConfig
     accelerator: Accelerator
     split: BatchSplit
     data: RunData
     pipeline: Pipeline
-    network: nn.Module
-    optimizer: Any
-    """AcceleratedOptimizer around AdamW: it unscales gradients and skips steps in fp16."""
+    engine: Engine
     ema: EMA
     window: LossWindow
     ledger: Ledger
@@ -54,12 +54,21 @@ class Run:
     writer: CheckpointWriter
     """Writes checkpoints in the background; used on the main process."""
     agreement: Agreement
+    own_time: OwnTime
+    corruption: Corruption | None = None
+    """What the network learns to undo in place of noise; None for noise."""
     initialized_from: str | None = None
     """Source and hash of the weights that the run began with; None where they were random."""
 
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
+
+    def position(self, t: Tensor) -> Tensor:
+        """Positions (B,) in [0, 1] of the range of noise, or of the corruption's levels, of what batch_loss drew."""
+        if self.corruption is None:
+            return self.pipeline.schedule.position(t)
+        return (t.double() - 0.5) / self.corruption.levels  # levels 1 to T, each the middle of its share
 
     @property
     def share(self) -> Share:
@@ -73,6 +82,8 @@ class Run:
             latent_shape=(autoencoder.config.latent_channels, side, side),
             text_shape=(text_encoder.max_length, text_encoder.hidden_size),
             pooled_size=text_encoder.pooled_size,
+            offset=self.config.objective.offset_noise > 0,
+            more_noise=0 if self.config.corruption is None else self.config.corruption.more_noise,
         )
 
 
@@ -108,30 +119,38 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         unet = UNet(config.unet)
-    network = wrap_network(unet, accelerator, config.wrapping)
+    parameters = sum(p.numel() for p in unet.parameters())
+    distributed = config.distributed
+    name = engine_name(distributed, accelerator.num_processes)
+    engine = wrap_network(unet, accelerator, config.wrapping, name, distributed, config.optimizer, split)
     side = config.data.resolution // autoencoder.downsample_factor
-    settle_buckets(network, config.unet, side, text_encoder.max_length, split.micro_batch, accelerator)
-    schedule = Schedule(config.noise).to(device)
-    pipeline = Pipeline(unet, autoencoder.to(device), text_encoder, schedule, config.objective.parameterization)
+    settle_buckets(engine.network, config.unet, side, text_encoder.max_length, split.micro_batch, accelerator)
+    pipeline = Pipeline(
+        unet,
+        autoencoder.to(device),
+        text_encoder,
+        forward_process(config).to(device),
+        config.objective.parameterization,
+        sigma_data=config.objective.sigma_data,
+        corruption=config.corruption,
+    )
     ledger = Ledger(run_dir / "quarantine.jsonl", config.data.quarantine_limit)
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         ledger.append(data.damaged())
-    say(f"UNet with {sum(p.numel() for p in unet.parameters()):,} parameters")
+    say(f"UNet with {parameters:,} parameters")
     return Run(
         config=config,
         accelerator=accelerator,
         split=split,
         data=data,
         pipeline=pipeline,
-        network=network,
-        optimizer=accelerator.prepare_optimizer(
-            make_optimizer(unet.named_parameters(), config.optimizer, scaled=accelerator.scaler is not None)
-        ),
-        ema=EMA(unet, config.ema),
+        engine=engine,
+        ema=EMA(unet, config.ema, engine.parts),
         window=LossWindow(device),
         ledger=ledger,
         bad_steps=BadSteps(run_dir / LOG, config.training.bad_steps_allowed),
+        corruption=None if config.corruption is None else build_corruption(config.corruption, side, side),
         writer=CheckpointWriter(
             run_dir / "checkpoints",
             keep=config.training.keep_checkpoints,
@@ -139,5 +158,6 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
             report=say,
         ),
         agreement=Agreement(accelerator, config.distributed.timeout_minutes),
+        own_time=OwnTime(device, engine.alone_in_forward),
         metrics=MetricsWriter(accelerator, run_dir, config.metrics, to_dict(config)),
     )

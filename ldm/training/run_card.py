@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ldm.config import RunConfig, to_dict
-from ldm.model_card import model_card
+from ldm.pipeline.model_card import model_card
 from ldm.training.run_data import RunData
 
 ELSEWHERE = ("run_dir", "card", "encoding", "distributed", "metrics")
@@ -31,6 +31,7 @@ def card_of(config: RunConfig, data: RunData, steps: int, initialized_from: str 
 
 def shown(config: RunConfig) -> dict[str, Any]:
     """The settings that say what is computed, without those that say where."""
-    values = {name: value for name, value in to_dict(config).items() if name not in ELSEWHERE}
+    replaced = () if config.continuous_noise is None and config.corruption is None else ("noise",)
+    values = {name: value for name, value in to_dict(config).items() if name not in (*ELSEWHERE, *replaced)}
     values["data"] = {name: value for name, value in values["data"].items() if name not in DATA_ELSEWHERE}
     return values

@@ -36,6 +36,10 @@ class Share:
     """(L, D) of the text encoder's states"""
     pooled_size: int
     """Features P of pooled text; zero where there is none"""
+    offset: bool
+    """Whether the objective has offset noise, whose draws the batches then hold"""
+    more_noise: int
+    """Channels that the batches' noise has more than the latents, for a corruption that takes them"""
 
 
 @dataclass
@@ -121,11 +125,21 @@ class RunData:
                 share.seed,
                 positions,
                 latent_shape=share.latent_shape,
+                offset=share.offset,
+                more_noise=share.more_noise,
                 text_shape=share.text_shape,
                 pooled_size=share.pooled_size,
             )
         else:
-            loader = make_loader(self.config, self.manifests, share.seed, positions, latent_shape=share.latent_shape)
+            loader = make_loader(
+                self.config,
+                self.manifests,
+                share.seed,
+                positions,
+                latent_shape=share.latent_shape,
+                offset=share.offset,
+                more_noise=share.more_noise,
+            )
         return iter(loader)
 
     def validation_batches(self, share: Share, samples: int) -> Iterable[Batch] | None:
@@ -141,4 +155,6 @@ class RunData:
             world=share.split.processes,
             micro_batch=share.split.micro_batch,
             samples=samples,
+            offset=share.offset,
+            more_noise=share.more_noise,
         )

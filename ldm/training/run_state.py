@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ldm.config import differences, load_config, to_dict, to_yaml
 from ldm.models.pretrained import INDEX_NAME
-from ldm.pipeline import save_pipeline
-from ldm.pipeline_folder import FROZEN
+from ldm.pipeline.folder import FROZEN, SCHEDULER
+from ldm.pipeline.pipeline import save_pipeline
+from ldm.pipeline.scheduler import read_scheduler
 from ldm.training.checkpoint import TrainingState, intact, load_training_state, newest_complete, point_latest
 from ldm.training.fit import loading
 from ldm.training.initial_weights import load_initial, objective_changes
 from ldm.training.metrics import forget_after
-from ldm.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from ldm.training.own_checkpoints import checked_source
 from ldm.training.run import Run
 from ldm.training.run_card import card_of
@@ -65,18 +65,18 @@ def begin(run: Run, say: Callable[[str], None]) -> None:
         return
     with loading("init_from"):
         source = checked_source(config.init_from, "unet", "scheduler", INDEX_NAME)
-    record = load_initial(run.pipeline.unet, source, say)
+    with run.engine.initial() as unet:
+        record = load_initial(unet, source, say)
     changes = objective_changes(
         source,
-        config.objective.parameterization,
-        config.noise,
+        run.pipeline,
         None if config.text_encoder_2 is None else config.empty_caption,
         run.pipeline.autoencoder.config,
     )
     for change in changes:
         say(f"  {change}")
     run.initialized_from = "; ".join([record, *changes])
-    run.ema.load_state_dict(run.pipeline.unet.state_dict(), 0)
+    run.ema.load_state_dict(dict(zip(run.ema.names, run.engine.parts(), strict=True)), 0)
     # The engine made the processes' weights equal before these were read.
     records = gather_object([run.initialized_from])
     if len(set(records)) > 1:
@@ -107,9 +107,11 @@ def restore(run: Run, checkpoint: Path, say: Callable[[str], None]) -> int:
         before, now = saved[section][name], to_dict(run.config)[section][name]
         if before != now:
             say(f"{section}.{name} was {before} and is now {now}: the learning rate follows it from here on")
-    run.pipeline.unet.load_state_dict(state.weights)
-    load_optimizer_tensors(run.optimizer.optimizer, state.optimizer)
-    run.ema.load_state_dict(average, state.ema_updates)
+    run.engine.load_weights(state.weights)
+    # With what sampling starts from, which is estimated once.
+    run.pipeline.corruption = read_scheduler(checkpoint / SCHEDULER).corruption
+    run.engine.load_optimizer_tensors(state.optimizer)
+    run.ema.load_state_dict(run.engine.parts_of(average), state.ema_updates)
     window = torch.tensor(state.scalars["loss_window"], dtype=torch.float64)
     run.window.restore(window, run.accelerator.is_main_process)
     run.ledger.restore(state.scalars["ledger"])
@@ -130,19 +132,21 @@ def save(run: Run, done: int) -> None:
     run.agreement.wait(lambda: previous_written(run))
     window = run.window.total()
     run.ledger.share(run.accelerator)
-    state = run.pipeline.unet.state_dict()
-    if not torch.stack(torch._foreach_norm(list(state.values()))).isfinite().all():
+    finite = bool(torch.stack(torch._foreach_norm(run.engine.parts())).isfinite().all())
+    if run.agreement.largest(not finite):
         raise FloatingPointError(
             f"after step {done} weights are not finite; checkpoints are from before. Lower optimizer.lr, or set "
             "wrapping.mixed_precision to bf16 or no"
         )
+    engine = run.engine
+    weights, optimizer, average = engine.weights(), engine.optimizer_tensors(), engine.average(run.ema)
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         run.writer.save(
             TrainingState(
                 step=done,
-                weights=state,
-                optimizer=optimizer_tensors(run.optimizer.optimizer),
+                weights=weights,
+                optimizer=optimizer,
                 ema_updates=run.ema.updates,
                 scalars={
                     "loss_window": window.tolist(),
@@ -153,7 +157,7 @@ def save(run: Run, done: int) -> None:
                     "initialized_from": run.initialized_from,
                 },
             ),
-            run.ema.state_dict(),
+            average,
             partial(write_pipeline, run, done),
             config_yaml=to_yaml(run.config),
         )

@@ -16,7 +16,8 @@ from ldm.training.distributed import Agreement
 class StopRequest:
     """Handlers for the signals, in place within a `with` block; a signal waits there to be asked for.
 
-    A second signal changes nothing: the step and the checkpoint under way are finished first.
+    A second signal changes nothing: the step and the checkpoint under way are finished first. Once a run has ended as it
+    was asked to, further ones stay ignored: the process is about to exit, and its exit status says that it may be resumed.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -30,9 +31,10 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        obeyed = self.received is not None and kind is None
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if obeyed else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ldm.data.batch import Batch
 from ldm.models.unet import UNet
-from ldm.training.ema import EMA
 
 
 @dataclass
@@ -34,17 +33,16 @@ class ValidationConfig:
 
 @torch.no_grad()
 def validation_loss(
-    unet: UNet, ema: EMA, batches: Iterable[Batch], loss_of: Callable[[Batch], Tensor], device: torch.device
+    unet: UNet, batches: Iterable[Batch], loss_of: Callable[[Batch], Tensor], device: torch.device
 ) -> float:
     """Mean loss over this and all other processes' batches, on the device; `loss_of` gives (B,). Collective."""
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, samples
     training = unet.training
     unet.eval()
     try:
-        with ema.applied():
-            for batch in batches:
-                loss = loss_of(batch)
-                total += torch.stack([loss.double().sum(), torch.full_like(loss, 1.0, dtype=torch.float64).sum()])
+        for batch in batches:
+            loss = loss_of(batch)
+            total += torch.stack([loss.double().sum(), torch.full_like(loss, 1.0, dtype=torch.float64).sum()])
     finally:
         unet.train(training)
     if dist.is_initialized() and dist.get_world_size() > 1:

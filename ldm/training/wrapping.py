@@ -1,20 +1,30 @@
 """From a plain network to the one that trains: memory format, checkpointing, compile and engine, in one order.
 
-Enters: a UNet on the host and WrappingConfig. Leaves: the module to call in training; the UNet itself stays the owner
-of the parameters, and its state-dict names stay as they are.
+Enters: a UNet on the host, WrappingConfig and the engine's name. Leaves: the engine that trains it; the UNet itself
+stays the owner of the parameters, and its state-dict names stay as they are.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.attention import select_backend
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
+from ldm.training.distributed import BatchSplit
+from ldm.training.engine import Engine, PlainEngine
+from ldm.training.launched import DistributedConfig, EngineError
+from ldm.training.optimizer import OptimizerConfig, make_optimizer
+
+PRECISION: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN = ("single", "ddp")
+"""Engines that hold the network as it is; the others keep it, or what its optimizer works on, in flat pieces."""
 
 
 @dataclass
@@ -45,25 +55,118 @@ def resolve_precision(name: str) -> str:
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "no"
 
 
-def wrap_network(unet: UNet, accelerator: Accelerator, config: WrappingConfig) -> torch.nn.Module:
-    """Prepares `unet` in place and returns the module whose forward and backward the engine manages."""
-    # 1. Device and memory format, before anything holds a reference to a parameter's storage.
-    unet.to(accelerator.device)
-    if config.channels_last:
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # 2. The attention backend is tried on the device in the precision that autocast will use.
-    precision: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = precision[accelerator.mixed_precision]
-    unet.set_attention_backend(select_backend(config.attention, accelerator.device, dtype))
-    # 3. Checkpointing changes the graph, so it comes before compile.
+def check_engine(engine: str, offload: str, config: WrappingConfig) -> None:
+    """Raises EngineError with every setting that an engine cannot do, and why."""
+    problems = []
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        problems.append("deepspeed is not installed: pip install 'ldm[deepspeed]'")
+    if config.mixed_precision == "fp16" and engine not in PLAIN:
+        problems.append(f"wrapping.mixed_precision is fp16, whose loss scaling {engine} here lacks: use bf16 or no")
+    if config.compile and engine in ("fsdp2", "zero3"):
+        problems.append(
+            f"wrapping.compile is true: {engine} puts parameters together in hooks, which a compiled network leaves out"
+        )
+    allowed = {"fsdp2": ("none", "parameters"), "zero3": ("none", "optimizer", "parameters")}
+    allowed |= dict.fromkeys(("zero1", "zero2"), ("none", "optimizer"))
+    if offload not in allowed.get(engine, ("none",)):
+        choice = ", ".join(allowed.get(engine, ("none",)))
+        problems.append(f"distributed.offload is {offload}: with {engine} it can be {choice}")
+    if problems:
+        raise EngineError(f"engine {engine} cannot do what is set:\n  " + "\n  ".join(problems))
+
+
+def wrap_network(
+    unet: UNet,
+    accelerator: Accelerator,
+    config: WrappingConfig,
+    engine: str,
+    distributed: DistributedConfig,
+    optimizer: OptimizerConfig,
+    split: BatchSplit,
+) -> Engine:
+    """Prepares `unet` in place, makes its optimizer, and returns the engine that trains it.
+
+    Raises:
+        EngineError: the engine cannot do what is set.
+    """
+    check_engine(engine, distributed.offload, config)
+    # 1.-3. Device, memory format, attention.
+    lay_out(unet, accelerator, config, keeps_format=engine in PLAIN)
+    # 4. Checkpointing changes the graph, so it comes before compile.
     if config.gradient_checkpointing:
         unet.enable_checkpointing()
-    # 4. Module.compile() works in place: no `_orig_mod.` in names that a checkpoint or the average would inherit.
+    # 5. Module.compile() works in place: no `_orig_mod.` in names that a checkpoint or the average would inherit.
     if config.compile:
         unet.compile()
-    # 5. The engine's wrapper goes around everything. Optimizers made from `unet` stay valid: parameters are the same.
-    wrapped: Any = accelerator.prepare_model(unet)
-    return wrapped
+    # 6. The engine goes around everything.
+    if engine in PLAIN:
+        wrapped: Any = accelerator.prepare_model(unet)
+        # Optimizers made from `unet` stay valid: parameters are the same.
+        made = make_optimizer(unet.named_parameters(), optimizer, scaled=accelerator.scaler is not None)
+        return PlainEngine(accelerator, unet, wrapped, made)
+    _autocast(unet, accelerator)
+
+    def plain() -> UNet:
+        with torch.device("meta"):
+            whole = UNet(unet.config)
+        whole.to_empty(device=accelerator.device)
+        lay_out(whole, accelerator, config, keeps_format=True)
+        _autocast(whole, accelerator)
+        return whole.requires_grad_(False)
+
+    if engine == "fsdp2":
+        from ldm.training.engine_fsdp2 import FSDP2Engine, shard
+
+        mesh = shard(unet, accelerator.device, offload=distributed.offload == "parameters")
+        made = make_optimizer(unet.named_parameters(), optimizer)
+        return FSDP2Engine(unet, mesh, made, accelerator.device, plain)
+    from ldm.training.engine_zero import Zero3Engine, Zero12Engine, zero_settings
+
+    settings = zero_settings(
+        int(engine.removeprefix("zero")),
+        distributed.offload,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+    made = make_optimizer(unet.named_parameters(), optimizer)
+    return Zero3Engine(unet, made, settings, plain) if engine == "zero3" else Zero12Engine(unet, made, settings)
+
+
+def lay_out(unet: UNet, accelerator: Accelerator, config: WrappingConfig, *, keeps_format: bool) -> None:
+    """Puts `unet` on its device, in its memory format and with its attention backend.
+
+    Args:
+        keeps_format: weights stay in the memory format that they are given; else only what enters the network has it.
+    """
+    # 1. Device and memory format, before anything holds a reference to a parameter's storage.
+    unet.to(accelerator.device)
+    if config.channels_last and keeps_format:
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif config.channels_last:  # convolutions follow their input
+        unet.register_forward_pre_hook(_to_channels_last)
+    # 2. The attention backend is tried on the device in the precision that autocast will use.
+    dtype = PRECISION[accelerator.mixed_precision]
+    unet.set_attention_backend(select_backend(config.attention, accelerator.device, dtype))
+
+
+def _to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = inputs
+    return x.contiguous(memory_format=torch.channels_last), *others
+
+
+def _autocast(unet: UNet, accelerator: Accelerator) -> None:
+    """Autocast around the network's forward, as accelerate's prepare_model puts it; float32 comes out."""
+    if accelerator.mixed_precision == "no":
+        return
+    forward, device, dtype = unet.forward, accelerator.device.type, PRECISION[accelerator.mixed_precision]
+
+    def autocast_forward(*inputs: Any) -> Tensor:
+        # Cast weights that are kept until the end would be the whole network on each process.
+        with torch.autocast(device, dtype, cache_enabled=False):
+            return forward(*inputs).float()
+
+    unet.forward = autocast_forward  # type: ignore[method-assign, assignment]
 
 
 def settle_buckets(

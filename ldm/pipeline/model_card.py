@@ -12,6 +12,18 @@ from typing import Any
 import yaml
 
 TITLE = "Text-to-image latent diffusion model"
+DIFFUSERS = """With diffusers:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline("a red heart", num_inference_steps=25, guidance_scale=5.0).images[0].save("heart.png")
+```
+"""
+CORRUPTED = """The network undoes a corruption of latents that is not Gaussian noise ({kind}: `scheduler/` has its
+settings), and predicts x0. Diffusers has no scheduler for it and refuses the folder.
+"""
 TEXTS = ("prompts",)
 """Settings whose values are text and no paths, whatever they begin with."""
 
@@ -60,15 +72,20 @@ def model_card(
         initialized_from: source of the weights that the run began with; None for random ones.
     """
     front: dict[str, Any] = {"license": card.license} if card.license else {}
-    front |= {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "latent-diffusion", "stable-diffusion"],
-    }
+    settings = yaml.safe_load(config_yaml)
+    corruption = settings.get("corruption")
+    if corruption:
+        front |= {"pipeline_tag": "text-to-image", "tags": ["text-to-image", "cold-diffusion"]}
+    else:
+        front |= {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "tags": ["text-to-image", "latent-diffusion", "stable-diffusion"],
+        }
     data = ([card.data.strip(), ""] if card.data else []) + [f"- {without_paths(line)}" for line in data_lines]
     began = f"the weights of `{without_paths(initialized_from)}`" if initialized_from else "random weights"
     license_text = f"`{card.license}`" if card.license else "Not stated."
-    config = _dump(_shown(yaml.safe_load(config_yaml)))
+    config = _dump(_shown(settings))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))
     return f"""---
 {_dump(front)}---
@@ -79,15 +96,7 @@ This folder is a pipeline in the layout of diffusers, which draws pictures of pr
 
 ## Use
 
-With diffusers:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-pipeline("a red heart", num_inference_steps=25, guidance_scale=5.0).images[0].save("heart.png")
-```
-
+{CORRUPTED.format(kind=corruption["kind"]) if corruption else DIFFUSERS}
 With the program that trained it:
 
 ```

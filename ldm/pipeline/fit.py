@@ -1,7 +1,7 @@
 """Whether a pipeline's network, autoencoder and text encoders are made for each other.
 
 Enters: configs of the network and the autoencoder, the text encoders, all of one pipeline's folder. Leaves: a line for
-each field that does not fit, with its file; or the reason why a network cannot draw out of prompts alone.
+each field that does not fit, with its file; or the reason why a network cannot draw out of what is given.
 """
 
 from ldm.models.autoencoder import AutoencoderConfig
@@ -16,6 +16,11 @@ def inpaints(unet: UNetConfig, autoencoder: AutoencoderConfig) -> bool:
     return unet.in_channels == 2 * autoencoder.latent_channels + 1
 
 
+def learns_variance(unet: UNetConfig, autoencoder: AutoencoderConfig) -> bool:
+    """Whether the network puts out a variance beside its prediction: twice the latents' channels, the second half."""
+    return unet.out_channels == 2 * autoencoder.latent_channels
+
+
 def fit_problems(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: TextConditioner) -> list[str]:
     """A line for each field in which the parts of a pipeline's folder do not fit each other; none where they do."""
     problems = []
@@ -25,9 +30,10 @@ def fit_problems(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder:
             f"{UNET}: in_channels is {unet.in_channels}, but vae/config.json: latent_channels is {channels} (expected "
             f"{channels}, or {2 * channels + 1} for inpainting)"
         )
-    if unet.out_channels != channels:
+    if unet.out_channels != channels and not learns_variance(unet, autoencoder):
         problems.append(
-            f"{UNET}: out_channels is {unet.out_channels}, but vae/config.json: latent_channels is {channels}"
+            f"{UNET}: out_channels is {unet.out_channels}, but vae/config.json: latent_channels is {channels} "
+            f"(expected {channels}, or {2 * channels} with learned variance)"
         )
     pair = len(text_encoder.encoders) > 1
     folders = "text_encoder/ and text_encoder_2/ together" if pair else "text_encoder/"
@@ -56,11 +62,11 @@ def fit_problems(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder:
     return problems
 
 
-def check_draws_from_text(unet: UNetConfig, autoencoder: AutoencoderConfig) -> None:
-    """Raises ValueError for a network that needs more than prompts: inpainting's picture and mask."""
-    if inpaints(unet, autoencoder):
+def check_draws(unet: UNetConfig, autoencoder: AutoencoderConfig, *, masked: bool) -> None:
+    """Raises ValueError for an inpainting network to which no picture and mask are given (`masked`)."""
+    if inpaints(unet, autoencoder) and not masked:
         raise ValueError(
             f"{UNET}: in_channels is {unet.in_channels}: an inpainting network, which takes a picture and a mask "
-            "beside the prompt and does not draw without them; give a checkpoint with in_channels "
-            f"{autoencoder.latent_channels}, or open this folder with diffusers' StableDiffusionInpaintPipeline"
+            "beside the prompt and does not draw without them; give both (--init_image, --mask; no --operator), or a "
+            f"checkpoint with in_channels {autoencoder.latent_channels}"
         )

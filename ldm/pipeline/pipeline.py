@@ -12,16 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.diffusion.objective_config import TargetName
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.corruption_config import CorruptionConfig
+from ldm.diffusion.objective_config import SIGMA_DATA, TargetName
+from ldm.diffusion.process import ForwardProcess
+from ldm.diffusion.reverse_variances import PosteriorVariances
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import build_from_weights, save_component
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 from ldm.models.whitening import without_shift
-from ldm.pipeline_fit import fit_problems, inpaints
-from ldm.pipeline_folder import (
+from ldm.pipeline.fit import fit_problems, inpaints, learns_variance
+from ldm.pipeline.folder import (
     CARD,
     FROZEN,
     SCHEDULER,
@@ -29,7 +31,8 @@ from ldm.pipeline_folder import (
     link_folder,
     write_index,
 )
-from ldm.pipeline_scheduler import read_scheduler, write_scheduler
+from ldm.pipeline.scheduler import read_scheduler, write_scheduler
+from ldm.pipeline.variances import variances_beside
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +49,40 @@ class Pipeline:
     """Between latents and pictures; it decodes in its own dtype, float32 as loaded here."""
     text_encoder: TextConditioner
     """From captions to states, and to pooled text of a pair of encoders."""
-    schedule: Schedule
-    """The noise levels of training."""
+    schedule: ForwardProcess
+    """The noise levels of training, of timesteps or of continuous time."""
     parameterization: TargetName
-    """What the network puts out: epsilon, v or x0."""
+    """What the network puts out: epsilon, v or x0; with continuous time flow or edm."""
     dtype: torch.dtype = torch.float32
     """Precision in which the network computes: float32, or the lower one of its autocast."""
+    sigma_data: float = SIGMA_DATA
+    """Deviation of the latents in EDM's preconditioning; other parameterizations do not use it."""
+    corruption: CorruptionConfig | None = None
+    """What the network undoes in place of noise, predicting x0; `schedule` then has no meaning. None for noise."""
+    variances: PosteriorVariances | None = None
+    """What the sampler analytic_dpm needs of this network; None where nobody has estimated it."""
 
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether the network puts out 2C channels, the second half the variance of a reverse step."""
+        return learns_variance(self.unet.config, self.autoencoder.config)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one picture's latents; raises ValueError when the network's config does not tell its size."""
         return latent_shape_of(self.unet.config, self.autoencoder)
+
+
+def check_of_noise(pipeline: Pipeline, what: str) -> None:
+    """Raises ValueError for a network that undoes a corruption; `what`, a setting or option, needs levels of noise."""
+    if pipeline.corruption is not None:
+        raise ValueError(
+            f"{what}: found a checkpoint of the corruption {pipeline.corruption.kind}, expected one of Gaussian noise"
+        )
 
 
 def latent_shape_of(
@@ -106,7 +128,7 @@ def load_pipeline(
     """
     folder = Path(folder)
     check_files(folder)
-    schedule, parameterization = read_scheduler(folder / SCHEDULER)
+    trained = read_scheduler(folder / SCHEDULER)
     unet_config, weights = UNet.open(folder / "unet")
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
     if check is not None:
@@ -115,6 +137,12 @@ def load_pipeline(
     # Before the network's weights are read: they are most of a pipeline.
     if problems := fit_problems(unet_config, autoencoder.config, text_encoder):
         raise ValueError(f"{folder}: parts that do not fit each other:\n  " + "\n  ".join(problems))
+    if trained.learned_variance and not learns_variance(unet_config, autoencoder.config):
+        raise ValueError(
+            f"{folder / SCHEDULER}: variance_type is 'learned_range', but unet/config.json: out_channels is "
+            f"{unet_config.out_channels}, expected {2 * autoencoder.config.latent_channels}, the second half for the "
+            "variance"
+        )
     if autoencoder.config.shift_factor:
         logger.warning(
             "%s/vae/config.json: shift_factor %s is applied here; diffusers' pipelines of Stable Diffusion ignore it "
@@ -126,7 +154,17 @@ def load_pipeline(
     unet = build_from_weights(lambda: UNet(unet_config), weights, torch.float32).eval().to(device)
     if channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Pipeline(unet, autoencoder.to(device), text_encoder, schedule, parameterization, dtype)
+    return Pipeline(
+        unet,
+        autoencoder.to(device),
+        text_encoder,
+        trained.schedule,
+        trained.parameterization,
+        dtype,
+        trained.sigma_data,
+        trained.corruption,
+        variances_beside(folder, unet),
+    )
 
 
 def save_pipeline(
@@ -161,7 +199,8 @@ def save_pipeline(
         check_files(frozen_from)
         for name in FROZEN:
             link_folder(frozen_from / name, folder / name)
-    write_scheduler(folder, pipeline.schedule, pipeline.parameterization)
-    write_index(folder, pipeline.text_encoder, inpainting=inpaints(unet.config, pipeline.autoencoder.config))
+    scheduler = write_scheduler(folder, pipeline)
+    inpainting = inpaints(unet.config, pipeline.autoencoder.config)
+    write_index(folder, pipeline.text_encoder, scheduler=scheduler, inpainting=inpainting)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Noise that sampling starts from, and the latents that it ends with, as safetensors files.
 
-Enters: a file with the tensor `noise` (N, C, h, w), made by another tool, say; or final latents with their settings.
-Leaves: that noise, checked; or a file with the tensor `latents` (N, C, h, w).
+Enters: a file with the tensor `noise` (N, C, h, w), made by another tool, say; or final latents, or the noise of a
+picture, with their settings. Leaves: that noise, checked; or a file with the tensor `latents` or `noise`.
 """
 
 import logging
@@ -57,18 +57,18 @@ def read_noise(file: Path, count: int) -> Tensor:
     return noise
 
 
-def check_latents_out(file: Path) -> None:
-    """Raises ValueError where `file` cannot take the latents: before, not after they are sampled."""
+def check_tensor_out(option: str, file: Path) -> None:
+    """Raises ValueError where `file` of that option cannot take a tensor: before, not after it is computed."""
     if file.suffix != SUFFIX or file.is_dir():
-        raise ValueError(f"latents_out: found {file}, expected a file name that ends in {SUFFIX}")
+        raise ValueError(f"{option}: found {file}, expected a file name that ends in {SUFFIX}")
 
 
-def write_latents(latents: Tensor, file: Path, texts: Mapping[str, str]) -> None:
-    """Writes final latents (N, C, h, w), scaled as the network knows them, with texts as metadata, whole or not."""
+def write_tensor(name: str, tensor: Tensor, file: Path, texts: Mapping[str, str]) -> None:
+    """Writes LATENTS, scaled as the network knows them, or NOISE (N, C, h, w) with texts as metadata, whole or not."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({LATENTS: latents.to("cpu", torch.float32).contiguous()}, temporary, metadata=dict(texts))
+        save_file({name: tensor.to("cpu", torch.float32).contiguous()}, temporary, metadata=dict(texts))
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

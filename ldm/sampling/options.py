@@ -10,18 +10,20 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ldm.diffusion.sampler_choice import SAMPLER_NAMES
 from ldm.diffusion.sampler_contract import Progress
-from ldm.diffusion.samplers import OF_NOISE_ALONE
 from ldm.diffusion.spacing import SPACINGS
 from ldm.models.pretrained import resolve_source
 from ldm.models.text_encoder import DTYPES
-from ldm.pipeline import ConfigCheck, Pipeline, load_pipeline
-from ldm.pipeline_folder import count_text_encoders
+from ldm.pipeline.folder import count_text_encoders
+from ldm.pipeline.pipeline import ConfigCheck, Pipeline, load_pipeline
+from ldm.pipeline.variances import read_variances
 from ldm.training.checkpoint import HASHES, STATE, find_checkpoint, verify_checkpoint
 
 
@@ -34,12 +36,29 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="run folder, its checkpoints/, a pipeline folder of diffusers, or OWNER/NAME on the hub",
     )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="seed of all noise (0)")
-    parser.add_argument("--sampler", choices=[*OF_NOISE_ALONE], default="dpmpp_2m", help="default: dpmpp_2m")
-    parser.add_argument("--steps", type=whole(1), default=25, metavar="N", help="sampling steps (25)")
+    parser.add_argument(
+        "--sampler",
+        choices=[*SAMPLER_NAMES],
+        help="default: dpmpp_2m; with a checkpoint of a corruption one of the last two, by its kind",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(1),
+        default=25,
+        metavar="N",
+        help="sampling steps (25); with a corruption of T levels each goes down by T / N of them, rounded up",
+    )
     parser.add_argument("--spacing", choices=[*SPACINGS], default="trailing", help="of the noise levels (trailing)")
     parser.add_argument("--guidance", type=finite, default=5.0, metavar="F", help="guidance scale; 1 is without (5.0)")
     parser.add_argument(
         "--guidance_rescale", type=finite, default=0.0, metavar="F", help="0 to 1, against overexposure (0.0)"
+    )
+    parser.add_argument(
+        "--variances",
+        type=Path,
+        metavar="FILE",
+        help="of the steps of sampler analytic_dpm, estimated by evaluate.py --scores variances (variances.json of the "
+        "checkpoint's folder, where there is one)",
     )
     parser.add_argument("--batch_size", type=whole(1), default=16, metavar="N", help="pictures at a time (16)")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
@@ -82,6 +101,11 @@ def open_checkpoint(
     return load_pipeline(folder, device, dtype, channels_last=device.type == "cuda", check=check), name
 
 
+def with_variances(pipeline: Pipeline, file: Path | None) -> Pipeline:
+    """The pipeline with Analytic-DPM's variances of a file, where one is given; raises as `read_variances`."""
+    return pipeline if file is None else replace(pipeline, variances=read_variances(file, pipeline.unet))
+
+
 def _may_be_on_hub(name: str) -> bool:
     """Whether it is `owner/name`, or deeper, and no path: of none that begins in a folder here the hub is asked."""
     owner, _, rest = name.partition("/")
@@ -108,6 +132,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch builds without CUDA raise the latter
         raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Raises ValueError where `folder` cannot be made because a file stands in its way: before anything is computed."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{option}: {path} is a file, expected a folder")
 
 
 @contextmanager
@@ -141,4 +172,12 @@ def finite(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite number")
+    return value
+
+
+def positive(text: str) -> float:
+    """Parser of a finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
     return value

@@ -79,11 +79,11 @@ def _pickles_instead(folder: Path, missing: list[str]) -> str:
     )
 
 
-def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool) -> None:
+def write_index(folder: Path, text_encoder: TextConditioner, *, scheduler: str, inpainting: bool) -> None:
     """Writes model_index.json: which class of diffusers opens the folder, and which class of which library each part.
 
     Two text encoders make a StableDiffusionXLPipeline, whose empty negative prompt is zeros where that is what the
-    network was trained with; one makes a StableDiffusionPipeline.
+    network was trained with; one makes a StableDiffusionPipeline. `scheduler` is a class of diffusers.
     """
     pair = len(text_encoder.encoders) == 2
     kind = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpainting else ''}Pipeline"
@@ -97,7 +97,7 @@ def write_index(folder: Path, text_encoder: TextConditioner, *, inpainting: bool
         values["force_zeros_for_empty_prompt"] = text_encoder.empty_caption == "zeros"
     else:
         values |= {"requires_safety_checker": False, "safety_checker": [None, None]}
-    values["scheduler"] = ["diffusers", "DDIMScheduler"]
+    values["scheduler"] = ["diffusers", scheduler]
     for encoder, (model, tokenizer) in zip(text_encoder.encoders, FOLDERS, strict=False):
         values[model] = ["transformers", type(encoder.model).__name__]
         values[tokenizer] = ["transformers", type(encoder.tokenizer).__name__]

@@ -1,0 +1,1 @@
+"""Scores of a checkpoint: retrieval, likelihood, variances."""

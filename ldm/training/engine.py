@@ -1,0 +1,142 @@
+"""What differs between engines when a step is taken and its state is read or put back, behind one set of names.
+
+Enters: the network, laid out on its device, and its optimizer. Leaves: the module to call, and an engine that knows how
+gradients are exchanged, clipped and applied, and how the part that one process holds and the whole belong together.
+Every method is collective unless it says otherwise.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldm.models.unet import UNet
+from ldm.training.ema import EMA
+from ldm.training.optimizer import load_optimizer_tensors, optimizer_tensors, set_learning_rate, step_unless
+
+
+class Engine(Protocol):
+    """How a network is trained by one process or by several.
+
+    A *part* is what this process keeps of a tensor, a *whole* the tensor itself; of engines that do not shard the
+    network, and of the weights and average of ZeRO-1 and 2, they are the same.
+    """
+
+    network: nn.Module
+    """Called in training; `unet` within it owns the parameters under their plain names."""
+    optimizer: Any
+    """The optimizer or what the engine made of it; its groups have the learning rate."""
+
+    alone_in_forward: bool
+    """Whether a forward pass waits for no other process."""
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch's forward and backward pass; gradients are exchanged in the last one, if possible."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`, the micro-batch's share of the loss of this process, to those before it."""
+
+    def clip(self, max_norm: float) -> None:
+        """Scales gradients down to a global norm over all parts of all processes; 0 leaves them."""
+
+    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step, or none where gradients are not finite; clears them.
+
+        Returns:
+            () float32, 1 where the step was skipped on all processes, else 0; and () the norm before clipping.
+        """
+
+    def parts(self) -> list[Tensor]:
+        """This process's float32 weights, a tensor for each parameter of the network. Not collective."""
+
+    def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor for each part, by the network's names; the tensors are not to be changed."""
+
+    def parts_of(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts of whole tensors; raises ValueError by name for shapes that differ. Not collective."""
+
+    def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
+        """Puts in whole weights, the same on each process; raises RuntimeError or ValueError by name."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights, float32: on the main process; others may get none."""
+
+    def average(self, ema: EMA) -> dict[str, Tensor]:
+        """Whole averaged weights: on the main process; others may get none."""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """`{parameter name}/{state name}` -> whole tensor, on the main process; others may get none."""
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `optimizer_tensors` gave, under whatever engine; raises ValueError by name."""
+
+    def averaged(self, ema: EMA) -> AbstractContextManager[UNet]:
+        """A network with the averaged weights that each process may call for itself, within the block."""
+
+    def initial(self) -> AbstractContextManager[UNet]:
+        """A network with whole weights that the block may change; at its end they are the run's."""
+
+
+class PlainEngine:
+    """One process, or several that each hold the whole network (DistributedDataParallel)."""
+
+    alone_in_forward = True
+
+    def __init__(self, accelerator: Accelerator, unet: UNet, network: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        self.network = network
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self._accelerator = accelerator
+        self._unet = unet
+        self._grad_norm = torch.zeros(())
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self._accelerator.no_sync(self.network)
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def clip(self, max_norm: float) -> None:
+        # In fp16 after unscaling: accelerate knows the scaler.
+        self._grad_norm = self._accelerator.clip_grad_norm_(self.network.parameters(), max_norm or math.inf)
+
+    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        set_learning_rate(self.optimizer, lr)
+        skipped = step_unless(self.optimizer, ~self._grad_norm.isfinite())
+        self.optimizer.zero_grad(set_to_none=True)
+        return skipped, self._grad_norm
+
+    def parts(self) -> list[Tensor]:
+        return list(self._unet.parameters())
+
+    def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from parts.items()
+
+    def parts_of(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(wholes)
+
+    def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
+        self._unet.load_state_dict(dict(wholes))
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self._unet.state_dict())
+
+    def average(self, ema: EMA) -> dict[str, Tensor]:
+        return ema.state_dict()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.optimizer.optimizer)
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        load_optimizer_tensors(self.optimizer.optimizer, tensors)
+
+    @contextmanager
+    def averaged(self, ema: EMA) -> Iterator[UNet]:
+        with ema.applied():
+            yield self._unet
+
+    def initial(self) -> AbstractContextManager[UNet]:
+        return nullcontext(self._unet)
