@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug.yaml"
 
 
-# Files that take longest, 40 s to 3 minutes each: begun last, one would keep a worker busy long after the other has ended.
+# Files that take longest, 40 s to 3 minutes each: begun last, one would keep a worker busy long after all others.
 LONGEST = (
     "test_kills",
     "test_launch",
