@@ -242,6 +242,24 @@ def test_slurm_job_with_wrong_settings_ends_before_it_takes_up_nodes(
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)], ids=["time", "scancel"])
+def test_slurm_job_that_is_cancelled_ends_its_run_and_stays_out_of_the_queue(
+    sign: signal.Signals, status: int, nodes: Nodes, words: list[str], tmp_path: Path
+) -> None:
+    slurm, run_dir = Slurm(tmp_path, nodes), tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    saves = f"ln -s step-00000002 {run_dir}/checkpoints/latest; exit 1"
+    slurm.script("srun", f"trap '{saves}' USR1; touch {tmp_path}/ready; while true; do sleep 0.1; done")
+    process = slurm.start(*words, f"--run_dir={run_dir}")
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(sign)
+    said = finished(process)
+    assert (process.returncode, len(slurm.requeued)) == (status, 1 if status == 75 else 0), said
+    assert (run_dir / "checkpoints/latest").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("outcome", "further", "requeued"),
     [
