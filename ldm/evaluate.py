@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ldm.data.manifest import Manifest, ManifestError
-from ldm.diffusion.adaptive import ToleranceError
 from ldm.diffusion.sampler_choice import chosen_sampler
+from ldm.diffusion.separate_steps import ToleranceError
 from ldm.evaluation.latent_likelihood import bounds, densities, elbo_report, ode_report, write_elbo, write_report
 from ldm.evaluation.latent_samples import LatentBatch, latent_batches
 from ldm.evaluation.latent_variances import estimate_variances
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_folder("out", options.out)
         device = choose_device(options.device)
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype])
-        pipeline = with_variances(pipeline, options.variances)
+        pipeline = with_variances(pipeline, options.variances, chosen_sampler(options.sampler, pipeline.corruption))
         for score in dict.fromkeys(options.scores):
             if score != "retrieval":
                 check_of_noise(pipeline, f"scores {score}")

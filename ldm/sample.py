@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ldm.data.pictures import normalize
-from ldm.diffusion.adaptive import ToleranceError
 from ldm.diffusion.reverse_variances import PosteriorVariances
 from ldm.diffusion.sampler_choice import chosen_sampler
+from ldm.diffusion.separate_steps import ToleranceError
 from ldm.diffusion.variance import VARIANCES
 from ldm.grid import labelled_grid, save_png
 from ldm.models.autoencoder import AutoencoderKL
@@ -31,7 +31,7 @@ from ldm.models.text_encoder import DTYPES
 from ldm.models.unet_config import UNetConfig
 from ldm.sampling.generation import checked_shape, generate
 from ldm.sampling.given_options import add_given_options, given_texts, read_given
-from ldm.sampling.inversion import invert
+from ldm.sampling.inversion import check_inverts, invert
 from ldm.sampling.latent_files import LATENTS, NOISE, check_tensor_out, read_noise, write_tensor
 from ldm.sampling.options import (
     add_sampling_options,
@@ -164,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(options, option) is not None:
                 check_tensor_out(option, getattr(options, option))
                 check_folder(option, getattr(options, option).parent)
+        tensors = [file.resolve() for file in (options.invert, options.latents_out) if file is not None]
+        if len({*tensors}) < len(tensors):
+            raise ValueError(f"invert, latents_out: found {options.invert} for both, expected two files")
         given, prompts = read_given(options), [picture.prompt for picture in pictures]
         noise = None if options.noise is None else read_noise(options.noise, len(pictures))
         device = choose_device(options.device)
@@ -171,14 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def check(unet: UNetConfig, autoencoder: AutoencoderKL) -> None:
             nonlocal given, shape
+            if options.invert is not None:
+                check_inverts(options.sampler, unet, autoencoder.config)
             masked, size = given is not None and given.inpaints, (options.height, options.width)
             shape = checked_shape(unet, autoencoder, len(pictures), *size, noise, masked=masked)
             if given is not None:
                 given = given.fitted(*(side * autoencoder.downsample_factor for side in shape[1:]))
 
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype], check)
-        pipeline = with_variances(pipeline, options.variances)
         options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
+        pipeline = with_variances(pipeline, options.variances, options.sampler)
         settings = {
             name: getattr(options, name)
             for name in ("steps", "spacing", "guidance", "guidance_rescale", "negative", "batch_size")

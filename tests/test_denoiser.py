@@ -192,8 +192,9 @@ def test_guidance_in_an_interval_is_on_for_its_levels_only() -> None:
         found = partly(x, level)
         assert batches == [6 if inside else 3]
         assert torch.equal(found, (on if inside else off)(x, level))
-    with pytest.raises(ValueError, match="on both sides, expected one level"):
-        partly(x, torch.tensor([1.0, 1.0, 3.0]))
+    mixed = torch.tensor([1.0, 2.1, 0.6], dtype=torch.float64)
+    expected = torch.where(torch.tensor([True, False, True]).view(3, 1, 1, 1), on(x, mixed), off(x, mixed))
+    assert torch.equal(partly(x, mixed), expected)
 
 
 def test_wrong_guidance_settings_are_errors() -> None:

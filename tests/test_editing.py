@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ldm.data.pictures import normalize
 from ldm.diffusion.denoiser import denoiser
-from ldm.diffusion.guidance import unguided
+from ldm.diffusion.guidance import guided, unguided
 from ldm.diffusion.ode_solvers import euler
 from ldm.diffusion.sampler_contract import start
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.diffusion.spacing import sigmas
 from ldm.models.autoencoder import posterior_mean, sample_posterior
 from ldm.pipeline.pipeline import Pipeline
-from ldm.sampling.editing import prepare
+from ldm.sampling.editing import NOTHING, prepare
 from ldm.sampling.generation import decode_latents, encode_prompts, generate, initial_noise
 from ldm.sampling.given_pictures import GivenPicture, Operator
 from ldm.sampling.inversion import invert
@@ -78,6 +78,37 @@ def test_a_picture_is_a_function_of_seed_and_index_whatever_its_batch(pipeline, 
     assert np.abs(together[2] - alone).max() <= 1
     other = generate(pipeline, ["blue"], indices=[10], **settings)[0]
     assert np.abs(together[2] - other).max() > 5, "the noise of two indices is one"
+
+
+@pytest.mark.parametrize("name", ["none", "image to image", "inpainting", "inpainting with repeats"])
+def test_with_adaptive_steps_too_batches_change_a_picture_by_rounding_only(clip, name: str) -> None:
+    """Of a network that turns its input little: a random one's flow makes much of rounding."""
+    pipeline = make_pipeline(clip)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(0.02)
+    settings = SETTINGS | {"sampler": "ode_adaptive", "given": GIVEN.get(name), "indices": [3, 4, 9]}
+    together, in_pairs, in_turn = (
+        kept_latents(pipeline, ["red heart", "a", "blue"], batch_size=size, **settings) for size in (3, 2, 1)
+    )
+    torch.testing.assert_close(in_turn, together, rtol=0, atol=5e-6)
+    torch.testing.assert_close(in_turn, in_pairs, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["none", "inpainting", "super-resolution", "deblurring"])
+def test_samples_at_levels_that_differ_are_denoised_as_each_alone(pipeline, name: str) -> None:
+    """As adaptive steps ask for them, guided and with what is given of the picture."""
+    edit = prepare(pipeline, GIVEN[name], SHAPE) if name in GIVEN else NOTHING
+    sigma = torch.tensor([5.0, 0.3, 0.05], dtype=torch.float64)
+    x = 0.5 + sigma.view(-1, 1, 1, 1) * initial_noise(0, range(3), SHAPE).double()
+
+    def denoised(rows: list[int]) -> Tensor:
+        both = encode_prompts(pipeline, [["red heart", "a", "blue"][row] for row in rows])
+        clean = denoiser(pipeline.unet, pipeline.schedule, pipeline.parameterization)
+        with torch.no_grad():
+            return edit.denoise(guided(clean, *both, 3.0, 0.5))(x[rows], sigma[rows])
+
+    alone = torch.cat([denoised([row]) for row in range(3)])
+    torch.testing.assert_close(denoised([0, 1, 2]), alone, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["inpainting", "inpainting in part", "inpainting with repeats"])
@@ -162,10 +193,10 @@ def test_guidance_by_a_measurement_brings_the_latents_themselves_near_it(pipelin
         return pictures.astype(float).reshape(-1, 4, 4, 4, 4, 3).mean(axis=(2, 4))
 
     given = GivenPicture(means(truth)[0].round().astype(np.uint8), 1.0, None, Operator("super_resolution", 4))
-    guided, plain = (
+    steered, plain = (
         decode_latents(pipeline, kept_latents(pipeline, ["a", "b"], given=g, **settings)) for g in (given, None)
     )
-    errors = [float(np.sqrt(((means(one) - means(truth)) ** 2).mean())) for one in (guided, plain)]
+    errors = [float(np.sqrt(((means(one) - means(truth)) ** 2).mean())) for one in (steered, plain)]
     assert errors[0] < 0.6 * errors[1], errors
 
 

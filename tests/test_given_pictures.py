@@ -1,5 +1,6 @@
 """The sampling program with given pictures: what it draws and writes of them, and what it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_models import make_clip, make_pipeline
 from ldm.data.pictures import decode_picture
 from ldm.diffusion.linear_operators import AveragePooling
 from ldm.models.durable import file_hash
+from ldm.models.unet import UNet
 from ldm.pipeline.pipeline import Pipeline, save_pipeline
 from ldm.sample import main
 from ldm.sampling.generation import generate
@@ -239,7 +241,28 @@ def test_options_that_need_or_exclude_others_are_refused(folder, picture, mask, 
     assert "invert: found n.pt, expected a file name that ends in .safetensors" in refusal(
         capsys, *words, "--invert=n.pt"
     )
+    same = tmp_path / "n.safetensors"
+    message = refusal(capsys, *words, "--invert", same, "--latents_out", tmp_path / "x" / ".." / "n.safetensors")
+    assert f"invert, latents_out: found {same} for both, expected two files" in message
+    for sampler in ("ddpm", "dpmpp_2m_sde", "analytic_dpm"):
+        message = refusal(capsys, *words, "--invert", same, f"--sampler={sampler}")
+        assert f"invert: found sampler {sampler}, which adds noise in each step" in message
+        assert "expected a deterministic one: ddim, dpmpp_2m, euler, heun" in message
+    message = refusal(capsys, *words, "--variances", tmp_path / "variances.json")
+    assert "variances.json with sampler ddim, expected --sampler analytic_dpm" in message
     assert not (tmp_path / "a.png").exists()
+    assert not same.exists()
+
+
+def test_inversion_of_an_inpainting_network_is_refused_by_its_channels(pipeline, picture, tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    unet = UNet(dataclasses.replace(pipeline.unet.config, in_channels=9))
+    save_pipeline(tmp_path / "nine", dataclasses.replace(pipeline, unet=unet))
+    words = ["--checkpoint", tmp_path / "nine", *FAST, "--out", tmp_path / "a.png", "--init_image", picture]
+    message = refusal(capsys, *words, "--invert", tmp_path / "n.safetensors")
+    assert "invert: found an inpainting network (in_channels 9), which takes a mask" in message
+    assert "expected a checkpoint with in_channels 4" in message
+    assert "give both" not in message
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,13 @@ def test_from_the_command_line(tiny: Pipeline, tmp_path: Path, capsys: pytest.Ca
     write_plain_shards(tmp_path / "plain")
     estimating[-1] = str(tmp_path / "plain")
     assert evaluate.main([*shared, *estimating, "--out", str(tmp_path / "out")]) == 0
+    many = [word.replace("=16", "=1001") for word in estimating]
+    with pytest.raises(SystemExit):
+        evaluate.main([*shared, *many, "--out", str(tmp_path / "many")])
+    assert "timesteps: found 1001, expected 2 to 1000, which the" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        evaluate.main([*shared, *estimating, "--variances=x.json", "--out", str(tmp_path / "many")])
+    assert "variances: found x.json with sampler dpmpp_2m, expected --sampler analytic_dpm" in capsys.readouterr().err
     report = json.loads((tmp_path / "out" / VARIANCES).read_text())
     assert len(report["levels"]) == len(report["variances"]) == len(report["variances_from_score_norms"]) == 16
     assert report["settings"]["checkpoint"] == "run/step-00000003"

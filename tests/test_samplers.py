@@ -30,7 +30,7 @@ from ldm.diffusion.langevin import annealed_langevin, predictor_corrector
 from ldm.diffusion.ode_solvers import euler, heun
 from ldm.diffusion.process import TERMINAL_SIGMA
 from ldm.diffusion.sampler_contract import Sampler, start
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC
 from ldm.diffusion.spacing import sigmas
 from ldm.diffusion.unipc import unipc
 
@@ -246,6 +246,10 @@ def test_a_level_outside_of_the_schedule_is_an_error() -> None:
         dpmpp_2m(denoise_with("v"), unit_noise(), torch.tensor([TERMINAL_SIGMA, 1.0, 0.0]))
 
 
+def test_the_stochastic_samplers_are_those_that_draw() -> None:
+    assert {*STOCHASTIC} == {*DRAWS}
+
+
 @pytest.mark.parametrize("name", [*DRAWS])
 def test_a_stochastic_sampler_wants_its_noise(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} adds noise: give noise="):
@@ -268,7 +272,11 @@ def test_a_stochastic_sampler_wants_its_noise(name: str) -> None:
         (predictor_corrector, {"corrector_steps": -1}, "found corrector_steps -1"),
         (annealed_langevin, {"langevin_steps": 0}, "found langevin_steps 0"),
         (annealed_langevin, {"step_size": 4.0}, r"step_size 4\.0, expected"),
-        (analytic_dpm, {}, "variances: found None, expected .1,., one for each step: posterior_variances"),
+        (
+            analytic_dpm,
+            {},
+            "variances: found None, expected .1,., one for each step: .python ldm/evaluate.py --scores variances",
+        ),
         (analytic_dpm, {"variances": torch.ones(3)}, "variances: found .3,., expected .1,."),
     ],
 )

@@ -21,12 +21,13 @@ from exact_networks import (
 )
 from torch import Tensor
 
-from ldm.diffusion.adaptive import ERROR as ERROR_WEIGHTS
-from ldm.diffusion.adaptive import NODES, STAGES, integrate, ode_adaptive
+from ldm.diffusion.adaptive import ode_adaptive
 from ldm.diffusion.ancestral import ddim, ddim_inversion
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.sampler_contract import Sampler, start
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.separate_steps import ERROR as ERROR_WEIGHTS
+from ldm.diffusion.separate_steps import NODES, STAGES
 from ldm.diffusion.spacing import sigmas
 from ldm.diffusion.unipc import unipc
 
@@ -178,18 +179,19 @@ def test_a_tolerance_below_the_networks_rounding_is_an_error() -> None:
         ode_adaptive(lambda x, sigma: x * math.nan, x, levels, max_steps=20)
 
 
-def test_integration_goes_both_ways_with_steps_shared_by_the_batch() -> None:
-    x = torch.tensor([[1.0, 2.0], [0.0, 500.0]], dtype=torch.float64)
-    for t, end in ((0.0, 2.0), (2.0, 0.0)):
-        taken: list[float] = []
-        found, slope = integrate(
-            lambda t, x: x * math.cos(t), x, t, end, first_step=0.01, tolerance=1e-9, max_steps=200, taken=taken.append
-        )
-        exact = x * math.exp(math.sin(end) - math.sin(t))
-        torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7)
-        torch.testing.assert_close(slope, found * math.cos(end), rtol=1e-12, atol=0)
-        assert taken[-1] == end
-        assert taken == sorted(taken, reverse=end < t)
+def test_an_adaptive_sample_is_what_it_is_alone_whatever_its_batch() -> None:
+    """Of a mixture with a mode far away, whose samples need other steps than the rest; batches of 4, 2 and 1."""
+    denoise = mixture(torch.tensor([[0.0, 0.0], [1.0, -1.0], [40.0, 40.0]], dtype=torch.float64), 0.05)
+    x = torch.tensor([[20.0, 3.0], [-9.0, 7.0], [0.1, 0.2], [60.0, 55.0]], dtype=torch.float64)
+    levels, progress = torch.cat([geometric(HIGH, 0.02, 10), torch.zeros(1)]), []
+    found = ode_adaptive(denoise, x, levels, progress=lambda *counts: progress.append(counts))
+    assert progress == [(i, 11) for i in range(1, 12)]
+    counts = []
+    for size in (2, 1):
+        for part in x.split(size):
+            alone = ode_adaptive(denoise, part, levels, evaluations=counts.append)
+            torch.testing.assert_close(alone, found[(x[:, None] == part).all(-1).any(1)], rtol=0, atol=1e-11)
+    assert len(set(counts[2:])) > 1, "all take the same steps, so that nothing is tried"
 
 
 # --- Inversion

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.diffusion.adaptive import ToleranceError
-from ldm.diffusion.samplers import OF_NOISE_ALONE
+from ldm.diffusion.samplers import OF_NOISE_ALONE, STOCHASTIC
+from ldm.diffusion.separate_steps import ToleranceError
 from ldm.diffusion.spacing import SPACINGS
 from ldm.grid import labelled_grid, save_png
 from ldm.models.text_encoder import DTYPES
@@ -25,13 +25,6 @@ PER_STEP = {"heun": 2, "dpm_solver_2": 2, "dpm_solver_3": 3, "predictor_correcto
 """Evaluations of a step, of which the last has one; other samplers have one in each."""
 FIXED_STEPS = {"ode_adaptive": 20, "annealed_langevin": 2}
 """Samplers whose evaluations follow from a tolerance, or from a hundred at each level: they say how many they took."""
-STOCHASTIC = {
-    "ddpm",
-    "euler_ancestral",
-    "dpmpp_2m_sde",
-    "predictor_corrector",
-    "annealed_langevin",
-}
 EXACT = ("dpmpp_3m", 100)
 """Sampler and steps that stand for the exact solution of the probability-flow ODE."""
 PROMPTS = ("red heart", "green apple", "a black cat", "flag of France", "orange circle", "sports car")

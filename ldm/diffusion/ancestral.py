@@ -1,7 +1,7 @@
 """Ancestral samplers and DDIM: DDPM's chain with three variances, and its deterministic limit in both directions.
 
 Enters and leaves: as sampler_contract.py says; with learned variance predict(x, sigma) enters for denoise, Analytic-DPM
-takes clean latents once, for its variances, and inversion walks from latents to noise. Variance-exploding coordinates:
+takes variances, estimated once, and inversion walks from latents to noise. Variance-exploding coordinates:
 x_t = x0 + sigma_t noise, which is Ho's x_t / alpha_t.
 """
 
@@ -172,31 +172,6 @@ def ddim_inversion(
 
 
 @torch.no_grad()
-def posterior_variances(denoise: Denoise, x0: Tensor, sigmas: Tensor, *, noise: Noise) -> Tensor:
-    """Mean variance of x0 given x at each level that a run evaluates, from score norms: what analytic_dpm needs.
-
-    x0 is (M, ...) clean latents that stand for the data; noise(i) is like x0, for level i. Cov(x0 | x) = sigma^2 +
-    sigma^4 Hessian(log q), whose trace has by Fisher's identity the mean d sigma^2 (1 - sigma^2 Gamma), with Gamma =
-    E|score|^2 / d (Bao et al. 2022, Theorem 1). Returns that variance per dimension, (steps,) float64, on x0's
-    device. From |score|^2 is taken |noise / sigma|^2, whose mean is known and whose fluctuation is nearly the same: at
-    high levels Gamma alone would take millions of samples.
-
-    Raises:
-        ValueError: a terminal level of zero SNR, where the score knows nothing of the data.
-    """
-    levels = levels_of(sigmas)
-    if levels[0] >= TERMINAL_SIGMA:
-        raise ValueError("sigmas: analytic_dpm needs a finite highest noise level, found zero terminal SNR")
-    x0, found = x0.double(), []
-    for i, sigma in enumerate(levels[:-1]):
-        z = noise(i).to(x0)
-        x = x0 + sigma * z
-        predicted = (x - evaluate(denoise, x, sigma)) / sigma  # -sigma score
-        found.append(sigma**2 * (z**2 - predicted**2).mean())
-    return torch.stack(found)
-
-
-@torch.no_grad()
 def analytic_dpm(
     denoise: Denoise,
     x: Tensor,
@@ -209,7 +184,7 @@ def analytic_dpm(
     """Ancestral sampling with the optimal reverse variance (Bao et al. 2022, Theorem 1 with lambda = beta_tilde).
 
     sigma*^2 = beta_tilde + (1 - sigma_next^2 / sigma^2)^2 Var(x0 | x): exact in mean and variance for Gaussian data,
-    in however few steps. `variances` (steps,) are those of posterior_variances over the same sigmas, here clipped to
+    in however few steps. `variances` (steps,) are PosteriorVariances.at the same sigmas, here clipped to
     what Theorem 2 allows, [0, sigma^2].
 
     Raises:
@@ -221,7 +196,7 @@ def analytic_dpm(
         found = None if variances is None else tuple(variances.shape)
         raise ValueError(
             f"variances: found {found}, expected ({count},), one for each step: "
-            "posterior_variances(denoise, latents, sigmas, noise=...) estimates them"
+            "`python ldm/evaluate.py --scores variances` estimates them"
         )
     posterior = variances.tolist()
     for i, sigma, sigma_next in steps(sigmas, progress):

@@ -145,20 +145,21 @@ def autoguided(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
 def in_interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
     """`inside` where low < sigma <= high, `outside` elsewhere: guidance in an interval (Kynkaanniemi et al. 2024).
 
-    Usually of guided(...) and unguided(...), which halves the cost of the levels outside. A batch is at one level, as
-    it is in every sampler.
+    Usually of guided(...) and unguided(...), which halves the cost of the levels outside. Where the levels of a batch
+    lie on both sides of a bound, as ode_adaptive's may, both are asked for all of it.
 
     Raises:
-        ValueError: an empty interval; when called, levels on both sides of a bound.
+        ValueError: an empty interval.
     """
     if not low < high:
         raise ValueError(f"guidance interval: found low {low}, high {high}, expected low < high")
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        lies_inside = {low < level <= high for level in sigma.tolist()}
-        if len(lies_inside) > 1:
-            raise ValueError(f"guidance interval: found sigmas {sigma.tolist()} on both sides, expected one level")
-        return (inside if lies_inside == {True} else outside)(x, sigma)
+        lies_inside = [low < level <= high for level in sigma.tolist()]
+        if len(set(lies_inside)) == 1:
+            return (inside if lies_inside[0] else outside)(x, sigma)
+        which = torch.tensor(lies_inside, device=x.device).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(which, inside(x, sigma), outside(x, sigma))
 
     return denoise
 

@@ -107,7 +107,7 @@ def log_density(
     with torch.no_grad():
         z = (x.double() * math.cos(start)).flatten(1)
         logs = z.new_zeros(len(z), 1 if probes is None else len(vectors))
-        state, steps = integrate_each(
+        state, _, steps = integrate_each(
             slope, torch.cat([z, logs], dim=1), start, end, first_step=(end - start) / 100, tolerance=tolerance,
             max_steps=max_steps,
         )  # fmt: skip

@@ -29,5 +29,7 @@ SAMPLERS: dict[str, Sampler] = {
     "annealed_langevin": annealed_langevin,
     "analytic_dpm": analytic_dpm,
 }
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "predictor_corrector", "annealed_langevin", "analytic_dpm")
+"""Samplers that draw noise of their own in each step: no start noise alone leads to their samples."""
 OF_NOISE_ALONE = tuple(name for name in SAMPLERS if name != "analytic_dpm")
 """Samplers that need nothing but the model: Analytic-DPM wants variances, estimated beforehand from clean latents."""

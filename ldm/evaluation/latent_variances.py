@@ -38,13 +38,19 @@ def estimate_variances(pipeline: Pipeline, batches: Iterable[LatentBatch], *, le
     The network is told the captions, without guidance. A sample's noise is a function of seed, its number and level.
 
     Raises:
-        ValueError: an inpainting network, one level, or every one of continuous time.
+        ValueError: an inpainting network, one level, more than a discrete schedule has, or every one of continuous
+            time.
     """
     check_pipeline(pipeline)
     schedule, seed = pipeline.schedule, likelihood_seed(seed)
     count = schedule.num_timesteps if isinstance(schedule, Schedule) and not levels else levels
     if count < 2:
         raise ValueError(f"timesteps: found {levels}, expected 2 or more: variances are interpolated between levels")
+    if isinstance(schedule, Schedule) and count > schedule.num_timesteps:
+        raise ValueError(
+            f"timesteps: found {levels}, expected 2 to {schedule.num_timesteps}, which the checkpoint's noise schedule "
+            "has, or 0 for all of them"
+        )
     visited = sigmas(schedule, count, "linspace")
     sums = torch.zeros(3, count, dtype=torch.float64)  # residuals, score norms, elements
     samples = 0

@@ -222,8 +222,7 @@ def generate(
     """One picture for each prompt: (N, H, W, 3) uint8.
 
     The picture of a prompt is a function of seed, its index and the other settings; batch size and the other prompts
-    change it by rounding only (with ode_adaptive, whose steps a batch shares, by what its tolerance allows). Nothing is
-    drawn from, or left in, a global generator.
+    change it by rounding only. Nothing is drawn from, or left in, a global generator.
 
     Args:
         seed: 0 .. 2^64 - 1.

@@ -13,7 +13,11 @@ from ldm.diffusion.ancestral import ddim_inversion
 from ldm.diffusion.denoiser import denoiser
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.sampler_contract import Progress
+from ldm.diffusion.samplers import OF_NOISE_ALONE, STOCHASTIC
 from ldm.diffusion.spacing import sigmas
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.unet_config import UNetConfig
+from ldm.pipeline.fit import inpaints
 from ldm.pipeline.pipeline import Pipeline, check_of_noise
 from ldm.sampling.editing import prepare
 from ldm.sampling.generation import encode_prompts, with_sizes
@@ -21,6 +25,21 @@ from ldm.sampling.given_pictures import GivenPicture
 
 REFINEMENTS = 3
 """Evaluations of each step of inversion beyond the first."""
+
+
+def check_inverts(sampler: str | None, unet: UNetConfig, autoencoder: AutoencoderConfig) -> None:
+    """Raises ValueError where no noise leads back to a picture: with this sampler, or of a network for inpainting."""
+    if sampler in STOCHASTIC:
+        deterministic = ", ".join(name for name in OF_NOISE_ALONE if name not in STOCHASTIC)
+        raise ValueError(
+            f"invert: found sampler {sampler}, which adds noise in each step, so that no start noise leads to the "
+            f"picture again; expected a deterministic one: {deterministic} (ddim returns best)"
+        )
+    if inpaints(unet, autoencoder):
+        raise ValueError(
+            f"invert: found an inpainting network (in_channels {unet.in_channels}), which takes a mask and a masked "
+            f"picture beside the noise, expected a checkpoint with in_channels {autoencoder.latent_channels}"
+        )
 
 
 @torch.no_grad()

@@ -101,9 +101,19 @@ def open_checkpoint(
     return load_pipeline(folder, device, dtype, channels_last=device.type == "cuda", check=check), name
 
 
-def with_variances(pipeline: Pipeline, file: Path | None) -> Pipeline:
-    """The pipeline with Analytic-DPM's variances of a file, where one is given; raises as `read_variances`."""
-    return pipeline if file is None else replace(pipeline, variances=read_variances(file, pipeline.unet))
+def with_variances(pipeline: Pipeline, file: Path | None, sampler: str) -> Pipeline:
+    """The pipeline with Analytic-DPM's variances of a file, where one is given.
+
+    Raises:
+        FileNotFoundError, ValueError: another sampler, which takes none, or as `read_variances`.
+    """
+    if file is None:
+        return pipeline
+    if sampler != "analytic_dpm":
+        raise ValueError(
+            f"variances: found {file} with sampler {sampler}, expected --sampler analytic_dpm: no other takes them"
+        )
+    return replace(pipeline, variances=read_variances(file, pipeline.unet))
 
 
 def _may_be_on_hub(name: str) -> bool:
