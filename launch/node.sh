@@ -58,7 +58,7 @@ while true; do
     exit "$ended"
   fi
   restarts=$((restarts - 1))
-  echo "node $NODE_RANK: the launcher ended with $ended; starting again in $pause s, $restarts more times after that" >&2
+  echo "node $NODE_RANK: the launcher ended with $ended; starting again in $pause s ($restarts more after that)" >&2
   run sleep "$pause"
   if [ -n "$asked" ]; then
     exit "$ended"

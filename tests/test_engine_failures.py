@@ -1,6 +1,6 @@
 """Processes that are lost, fail, hang, lag behind or were started for another run: each is named, by rank and host.
 
-Here one process of two with DDP and FSDP2; with LDM_ENGINES=all under the other engines, too.
+Here one process of two with DDP; with LDM_ENGINES=all under the other engines, too.
 """
 
 import json
@@ -25,10 +25,10 @@ from ldm.data.shards import write_shards
 from ldm.training.watch import broken_connection
 
 HOST = re.escape(platform.node())
-LOST = [("ddp", 0), ("fsdp2", 1)]
+LOST = [("ddp", 1)]
 """Engine, and the rank that is lost."""
 if os.environ.get("LDM_ENGINES") == "all":
-    LOST += [("ddp", 1), ("fsdp2", 0), ("zero1", 0), ("zero2", 1), ("zero3", 0), ("zero3", 1)]
+    LOST += [("ddp", 0), ("fsdp2", 0), ("fsdp2", 1), ("zero1", 0), ("zero2", 1), ("zero3", 0), ("zero3", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -319,7 +319,8 @@ def start_node(folder: Path, *launcher: str, **given: str) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(LAUNCH / "node.sh"), "--config", "x.yaml"],
         env=os.environ | node | given | {"PATH": f"{folder}:{os.environ['PATH']}"},
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
@@ -335,7 +336,7 @@ def test_a_node_starts_a_failed_launcher_again_so_many_times(
 ) -> None:
     fails_twice = f'[ "$(wc -l <{tmp_path}/started)" -gt 2 ] || exit 7'
     process = start_node(tmp_path, fails_twice, MAX_RESTARTS=allowed, RESTART_PAUSE="0")
-    said = process.communicate(timeout=120)[1]
+    said = finished(process, 120)
     assert (process.returncode, starts(tmp_path)) == (status, expected), said
     assert said.count("the launcher ended with 7; starting again") == expected - 1
 
@@ -351,10 +352,10 @@ def test_a_node_that_is_told_to_end_passes_it_on_and_starts_nothing_again(
         while not (tmp_path / "ready").exists():
             time.sleep(0.01)
     else:
-        assert process.stderr is not None
-        assert "starting again in 600 s" in process.stderr.readline()
+        assert process.stdout is not None
+        assert "starting again in 600 s" in process.stdout.readline()
     process.send_signal(sign)
-    process.communicate(timeout=120)
+    finished(process, 120)
     assert (process.returncode, starts(tmp_path)) == (7, 1)
     assert (tmp_path / "told").exists() == (when == "training")
 
