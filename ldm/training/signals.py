@@ -16,8 +16,8 @@ from ldm.training.distributed import Agreement
 class StopRequest:
     """Handlers for the signals, in place within a `with` block; a signal waits there to be asked for.
 
-    A second signal changes nothing: the step and the checkpoint under way are finished first. Once a run has ended as it
-    was asked to, further ones stay ignored: the process is about to exit, and its exit status says that it may be resumed.
+    A second signal changes nothing: the step and the checkpoint under way are finished first. Once a run has ended as
+    it was asked to, further ones stay ignored: the process is about to exit, with a status that says it may be resumed.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
