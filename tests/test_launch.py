@@ -288,7 +288,9 @@ def test_skypilots_nodes_start_the_launcher_as_the_others_do(nodes: Nodes, tmp_p
     assert task.keys() == {"name", "num_nodes", "resources", "workdir", "volumes", "envs", "setup", "run"}
     assert task["envs"]["RUN_DIR"].startswith(f"{next(iter(task['volumes']))}/")
     assert (ROOT / task["envs"]["CONFIG"]).is_file()
-    # The launcher's words instead of a run: pods and Slurm's nodes start the same node.sh for real.
+    # The launcher's words instead of a run: pods and Slurm's nodes start the same node.sh for real. In a folder of its
+    # own, where no .venv puts the real launcher first.
+    shutil.copytree(LAUNCH, tmp_path / "workdir/launch")
     (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "accelerate").chmod(0o755)
     sky = task["envs"] | {
@@ -298,7 +300,9 @@ def test_skypilots_nodes_start_the_launcher_as_the_others_do(nodes: Nodes, tmp_p
         "PATH": f"{tmp_path}:{nodes.environment['PATH']}",
     }
     environments = [sky | {"SKYPILOT_NODE_RANK": str(number)} for number in range(2)]
-    for number, said in enumerate(run_on(nodes, [["bash", "-c", task["run"]]] * 2, environments)):
+    for number, said in enumerate(
+        run_on(nodes, [["bash", "-c", f"cd {tmp_path}/workdir\n{task['run']}"]] * 2, environments)
+    ):
         words = said.split()
         asked = dict(zip(words[1:-3:2], words[2:-3:2], strict=False))
         assert words[0] == "launch"
