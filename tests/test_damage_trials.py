@@ -1,6 +1,6 @@
 """Shards cut short or with a flipped bit, at random places, after indexing: the ledger names exactly what is damaged.
 
-120 of each here; all of them:
+60 of each here; all of them:
     LDM_TRUNCATIONS=1000 LDM_FLIPS=1000 LDM_TEST_WORKERS=0 bash tests/run.sh -s tests/test_damage_trials.py
 """
 
@@ -29,8 +29,8 @@ from ldm.data.manifest import Manifest, build_manifest
 from ldm.data.positions import Positions
 from ldm.data.quarantine import Ledger
 
-TRUNCATIONS = trials.number("LDM_TRUNCATIONS", 120)
-FLIPS = trials.number("LDM_FLIPS", 120)
+TRUNCATIONS = trials.number("LDM_TRUNCATIONS", 60)
+FLIPS = trials.number("LDM_FLIPS", 60)
 SAMPLES, SHARDS, MICRO_BATCH = 40, 4, 8
 KINDS = ("encoded", "raw")
 
@@ -250,7 +250,7 @@ def run_trials(shards: Shards, flip: bool, folder: Path, monkeypatch: pytest.Mon
 def test_exactly_the_damaged_samples_are_in_the_ledger_and_all_others_are_delivered(
     shards: Shards, flip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """120 truncations (LDM_TRUNCATIONS) and 120 flipped bits (LDM_FLIPS), a third of them under a loader that reads."""
+    """60 truncations (LDM_TRUNCATIONS) and 60 flipped bits (LDM_FLIPS), a third of them under a loader that reads."""
     counts, problems = run_trials(shards, flip, tmp_path, monkeypatch)
     what = "flipped bits" if flip else "truncations"
     table = "\n".join(f"{count:7,}  {name}" for name, count in counts.items())

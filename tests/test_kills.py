@@ -1,6 +1,6 @@
 """Processes killed at random instants, many inside a checkpoint write: the same command again gives the same run.
 
-Six run here; all: LDM_KILLS=200 LDM_TEST_WORKERS=0 bash tests/run.sh -s tests/test_kills.py
+Four run here; all: LDM_KILLS=200 LDM_TEST_WORKERS=0 bash tests/run.sh -s tests/test_kills.py
 """
 
 import itertools
@@ -17,7 +17,7 @@ import tiny_runs
 import trials
 from forked_runs import ForkServer, Processes
 
-KILLS = trials.number("LDM_KILLS", 6)
+KILLS = trials.number("LDM_KILLS", 4)
 SHARE_INSIDE = 0.3
 """Of the kills, those that have to hit a checkpoint that is being written."""
 WORLDS = (1, 2, 4)
@@ -192,7 +192,7 @@ def chain(
 
 
 def test_runs_killed_at_random_instants_end_byte_by_byte_as_the_undisturbed_run(tmp_path: Path) -> None:
-    """8 SIGKILLs (LDM_KILLS), 30 % or more inside a checkpoint write; weights, average, optimizer, log and ledger."""
+    """4 SIGKILLs (LDM_KILLS), 30 % or more inside a checkpoint write; weights, average, optimizer, log and ledger."""
     rng, counts = random.Random(trials.SEED), Counts()
     words = tiny_runs.make(tmp_path / "material")
     with ForkServer() as server:
