@@ -58,8 +58,6 @@ def resolve_precision(name: str) -> str:
 def check_engine(engine: str, offload: str, config: WrappingConfig) -> None:
     """Raises EngineError with every setting that an engine cannot do, and why."""
     problems = []
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        problems.append("deepspeed is not installed: pip install 'ldm[deepspeed]'")
     if config.mixed_precision == "fp16" and engine not in PLAIN:
         problems.append(f"wrapping.mixed_precision is fp16, whose loss scaling {engine} here lacks: use bf16 or no")
     if config.compile and engine in ("fsdp2", "zero3"):
@@ -71,6 +69,8 @@ def check_engine(engine: str, offload: str, config: WrappingConfig) -> None:
     if offload not in allowed.get(engine, ("none",)):
         choice = ", ".join(allowed.get(engine, ("none",)))
         problems.append(f"distributed.offload is {offload}: with {engine} it can be {choice}")
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        problems.append("deepspeed is not installed: pip install 'ldm[deepspeed]'")
     if problems:
         raise EngineError(f"engine {engine} cannot do what is set:\n  " + "\n  ".join(problems))
 
