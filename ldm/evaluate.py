@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_folder("out", options.out)
         device = choose_device(options.device)
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype])
-        pipeline = with_variances(pipeline, options.variances, chosen_sampler(options.sampler, pipeline.corruption))
+        options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
+        pipeline = with_variances(pipeline, options.variances, options.sampler)
         for score in dict.fromkeys(options.scores):
             if score != "retrieval":
                 check_of_noise(pipeline, f"scores {score}")
@@ -72,7 +73,6 @@ def score_retrieval(pipeline: Pipeline, name: str, options: argparse.Namespace) 
     captions = choose_captions(picture_captions, options.captions, options.seed)
     names = ("seed", "sampler", "steps", "spacing", "guidance", "guidance_rescale")
     sampling = {key: getattr(options, key) for key in names}
-    sampling["sampler"] = chosen_sampler(options.sampler, pipeline.corruption)
     with progress_bar("sampling") as report:
         samples = generate(pipeline, captions, batch_size=options.batch_size, progress=report, **sampling)
     outcome = retrieval(samples, captions, pictures, picture_captions)

@@ -124,10 +124,22 @@ def decode_picture(
         raise ValueError(f"no picture: the members are {sorted(members)}, expected one of {', '.join(RAW_EXTENSIONS)}")
     original, _ = open_picture(members[extension])
     height, width = (shape, shape) if isinstance(shape, int) else shape
-    picture = resize(original, (height, width))
+    picture, crop = cover(original, (height, width), place)
+    return Picture(np.asarray(picture), (original.height, original.width), crop)
+
+
+def cover(
+    picture: Image.Image, shape: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture resized to cover height x width and cropped to it, and the top and left of that part.
+
+    Args:
+        place: as `decode_picture` takes it.
+    """
+    height, width = shape
+    picture = resize(picture, shape)
     top, left = int(place[0] * (picture.height - height + 1)), int(place[1] * (picture.width - width + 1))
-    pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
-    return Picture(pixels, (original.height, original.width), (top, left))
+    return picture.crop((left, top, left + width, top + height)), (top, left)
 
 
 def normalize(pixels: np.ndarray | Tensor) -> Tensor:

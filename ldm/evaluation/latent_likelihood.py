@@ -12,7 +12,6 @@ pictures are decoded, and compares checkpoints on the same latents only.
 import json
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def bounds(pipeline: Pipeline, batches: Iterable[LatentBatch], *, timesteps: int
             drawn = addressed_noise(seed, Purpose.NOISE, batch.numbers, shape, term // 2)
             return -drawn if term % 2 else drawn
 
-        with precision(pipeline):
+        with pipeline.precision():
             if isinstance(schedule, Schedule):
                 at = None
                 if timesteps:
@@ -198,11 +197,6 @@ def densities(
             for key, caption, bits, error, evaluations in rows
         ]
     return found
-
-
-def precision(pipeline: Pipeline) -> AbstractContextManager[object]:
-    """The network's precision, around all evaluations: autocast forgets its lowered copies of weights when it ends."""
-    return torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32)
 
 
 def elbo_report(pipeline: Pipeline, found: Sequence[SampleBound], timesteps: int) -> dict[str, Any]:

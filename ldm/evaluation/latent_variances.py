@@ -14,7 +14,7 @@ from ldm.data.draws import Purpose
 from ldm.diffusion.reverse_variances import PosteriorVariances, squared_errors
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.spacing import sigmas
-from ldm.evaluation.latent_likelihood import check_pipeline, conditioned, precision
+from ldm.evaluation.latent_likelihood import check_pipeline, conditioned
 from ldm.evaluation.latent_samples import LatentBatch, likelihood_seed
 from ldm.pipeline.pipeline import Pipeline
 from ldm.sampling.generation import addressed_noise
@@ -61,7 +61,7 @@ def estimate_variances(pipeline: Pipeline, batches: Iterable[LatentBatch], *, le
         def noise(level: int, batch: LatentBatch = batch, shape: tuple[int, ...] = shape) -> Tensor:
             return addressed_noise(seed, Purpose.NOISE, batch.numbers, shape, level)
 
-        with precision(pipeline):
+        with pipeline.precision():
             residuals, score_norms = squared_errors(denoise, batch.latents, visited, noise=noise)
         elements = batch.latents[0].numel()
         counted = torch.full((count,), elements * len(batch.latents), dtype=torch.float64)

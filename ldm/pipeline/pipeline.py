@@ -6,6 +6,7 @@ each other; generation.py draws pictures with it.
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,10 @@ class Pipeline:
     def learned_variance(self) -> bool:
         """Whether the network puts out 2C channels, the second half the variance of a reverse step."""
         return learns_variance(self.unet.config, self.autoencoder.config)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The network's precision, around all evaluations: autocast forgets its lowered weights when it ends."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ Walk: encode_prompts -> initial_noise -> sample_latents -> decode_latents; each 
 calls them batch by batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -123,6 +123,11 @@ def sample_latents(
             progress=progress,
         )
     variance_name = checked_variance(sampler, pipeline.learned_variance, variance, edited=edit.guides)
+    if sampler == "analytic_dpm" and edit.guides:
+        raise ValueError(
+            "sampler: found 'analytic_dpm' with a mask, a measurement or repeated steps, expected another one: its "
+            "variances are those of the network's own prediction, and steps of a whole run"
+        )
     levels = edit.levels(sigmas(pipeline.schedule, steps, spacing))
     network = edit.network(pipeline.unet)
     denoise = guided(
@@ -133,8 +138,7 @@ def sample_latents(
         guidance_rescale,
     )
     x = edit.start(noise.to(pipeline.device), levels)
-    # Around all steps: autocast forgets its lowered copies of the weights when it ends. Float64 it leaves alone.
-    with torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
+    with pipeline.precision():
         if variance_name == "learned":
             learned = predictor(network, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data)
             predict = guided_prediction(learned, conditioning, unconditional, guidance, guidance_rescale)
@@ -142,11 +146,6 @@ def sample_latents(
         else:
             sample = SAMPLERS[sampler] if variance_name is None else partial(ddpm, variance=variance_name)
             if sampler == "analytic_dpm":
-                if edit.guides:
-                    raise ValueError(
-                        "sampler: found 'analytic_dpm' with a mask, a measurement or repeated steps, expected another "
-                        "one: its variances are those of the network's own prediction, and steps of a whole run"
-                    )
                 sample = partial(analytic_dpm, variances=variances_at(pipeline.variances, levels))
             latents = edit.sample(sample, edit.denoise(denoise), x, levels, fresh_noise, progress)
     return latents.float()
@@ -254,15 +253,8 @@ def generate(
         )
     noise_shape = (shape[0] + more_noise, *shape[1:])
     edit = NOTHING if given is None else prepare(pipeline, given, shape)
-    starts = range(0, len(prompts), batch_size)
     pictures = []
-    for batch, first in enumerate(starts):
-        part = slice(first, first + batch_size)
-
-        def report(done: int, of: int, batch: int = batch) -> None:
-            if progress is not None:
-                progress(batch * of + done, len(starts) * of)
-
+    for part, report in batches_of(len(prompts), batch_size, progress):
         conditioning, unconditional = encode_prompts(pipeline, prompts[part], negative)
         latents = sample_latents(
             pipeline,
@@ -283,6 +275,18 @@ def generate(
             keep(latents.cpu())
         pictures.append(decode_latents(pipeline, latents, edit))
     return np.concatenate(pictures)
+
+
+def batches_of(count: int, batch_size: int, progress: Progress | None) -> Iterator[tuple[slice, Progress]]:
+    """Which of `count` pictures are in each batch, and what its sampler tells: its steps, as those of all batches."""
+    starts = range(0, count, batch_size)
+    for batch, first in enumerate(starts):
+
+        def report(done: int, of: int, batch: int = batch) -> None:
+            if progress is not None:
+                progress(batch * of + done, len(starts) * of)
+
+        yield slice(first, first + batch_size), report
 
 
 def checked_shape(

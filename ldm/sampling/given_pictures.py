@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.pictures import resize
+from ldm.data.pictures import cover
 from ldm.diffusion.linear_operators import AveragePooling, GaussianBlur, LinearOperator, Masking
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,10 @@ class GivenPicture:
             "another size",
             *self.pixels.shape[:2], height, width,
         )  # fmt: skip
-        pixels = np.array(_cropped(resize(Image.fromarray(self.pixels), (height, width)), height, width))
+        pixels = np.array(cover(Image.fromarray(self.pixels), (height, width))[0])
         if self.mask is None:
             return replace(self, pixels=pixels)
-        resized = resize(Image.fromarray(self.mask.astype(np.uint8) * 255), (height, width))
-        mask = is_white(_cropped(resized, height, width))
+        mask = is_white(cover(Image.fromarray(self.mask.astype(np.uint8) * 255), (height, width))[0])
         if not mask.any():
             raise ValueError(
                 f"mask: resized and cropped to {height} x {width} with its picture, nothing of it is white, expected "
@@ -125,11 +124,6 @@ class GivenPicture:
             height, width = self.pixels.shape[:2]
             return GaussianBlur(height, width, self.operator.value)
         return Masking(torch.from_numpy(~self.mask) if self.mask is not None else torch.ones(1, dtype=torch.bool))
-
-
-def _cropped(picture: Image.Image, height: int, width: int) -> Image.Image:
-    top, left = (picture.height - height + 1) // 2, (picture.width - width + 1) // 2
-    return picture.crop((left, top, left + width, top + height))
 
 
 def is_white(mask: Image.Image) -> np.ndarray:

@@ -20,7 +20,7 @@ from ldm.models.unet_config import UNetConfig
 from ldm.pipeline.fit import inpaints
 from ldm.pipeline.pipeline import Pipeline, check_of_noise
 from ldm.sampling.editing import prepare
-from ldm.sampling.generation import encode_prompts, with_sizes
+from ldm.sampling.generation import batches_of, encode_prompts, with_sizes
 from ldm.sampling.given_pictures import GivenPicture
 
 REFINEMENTS = 3
@@ -71,19 +71,13 @@ def invert(
     levels = sigmas(pipeline.schedule, steps, spacing)
     edit, found = prepare(pipeline, given, shape), []
     assert edit.latents is not None
-    starts = range(0, len(prompts), batch_size)
-    for batch, first in enumerate(starts):
-
-        def report(done: int, of: int, batch: int = batch) -> None:
-            if progress is not None:
-                progress(batch * of + done, len(starts) * of)
-
-        both = encode_prompts(pipeline, prompts[first : first + batch_size], negative)
+    for part, report in batches_of(len(prompts), batch_size, progress):
+        both = encode_prompts(pipeline, prompts[part], negative)
         x = edit.latents.expand(len(both[0]), -1, -1, -1)
         conditioning, unconditional = (with_sizes(pipeline, part, x) for part in both)
         clean = denoiser(pipeline.unet, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data)
         denoise = guided(clean, conditioning, unconditional, guidance, guidance_rescale)
-        with torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
+        with pipeline.precision():
             x = ddim_inversion(denoise, x.double(), levels, refinements=REFINEMENTS, progress=report)
         found.append((x / (1 + levels[0] ** 2).sqrt()).float().cpu())
     return torch.cat(found)

@@ -76,8 +76,7 @@ def restored_latents(
         return predicted
 
     z = start_of(config, corruption, noise, channels)
-    # Around all steps: autocast forgets its lowered copies of the weights when it ends. Float64 it leaves alone.
-    with torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
+    with pipeline.precision():
         latents = walk(restore, corruption, z, sampler=sampler, noise=noise, fresh_noise=fresh_noise, step=step)
     return latents.float()
 

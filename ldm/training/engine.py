@@ -81,16 +81,46 @@ class Engine(Protocol):
         """A network with whole weights that the block may change; at its end they are the run's."""
 
 
-class PlainEngine:
-    """One process, or several that each hold the whole network (DistributedDataParallel)."""
+class WholeNetwork:
+    """What engines have in common of which each process holds the whole network and its average."""
 
     alone_in_forward = True
 
+    def __init__(self, unet: UNet) -> None:
+        self._unet = unet
+
+    def parts(self) -> list[Tensor]:
+        return [p.detach() for p in self._unet.parameters()]
+
+    def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from parts.items()
+
+    def parts_of(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(wholes)
+
+    def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
+        self._unet.load_state_dict(dict(wholes))
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self._unet.state_dict())
+
+    def average(self, ema: EMA) -> dict[str, Tensor]:
+        return ema.state_dict()
+
+    @contextmanager
+    def averaged(self, ema: EMA) -> Iterator[UNet]:
+        with ema.applied():
+            yield self._unet
+
+
+class PlainEngine(WholeNetwork):
+    """One process, or several that each hold the whole network (DistributedDataParallel)."""
+
     def __init__(self, accelerator: Accelerator, unet: UNet, network: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        super().__init__(unet)
         self.network = network
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._accelerator = accelerator
-        self._unet = unet
         self._grad_norm = torch.zeros(())
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
@@ -109,34 +139,11 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return skipped, self._grad_norm
 
-    def parts(self) -> list[Tensor]:
-        return list(self._unet.parameters())
-
-    def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from parts.items()
-
-    def parts_of(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(wholes)
-
-    def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
-        self._unet.load_state_dict(dict(wholes))
-
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self._unet.state_dict())
-
-    def average(self, ema: EMA) -> dict[str, Tensor]:
-        return ema.state_dict()
-
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_tensors(self.optimizer.optimizer)
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         load_optimizer_tensors(self.optimizer.optimizer, tensors)
-
-    @contextmanager
-    def averaged(self, ema: EMA) -> Iterator[UNet]:
-        with ema.applied():
-            yield self._unet
 
     def initial(self) -> AbstractContextManager[UNet]:
         return nullcontext(self._unet)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.models.unet import UNet
 from ldm.training.ema import EMA
+from ldm.training.engine import WholeNetwork
 from ldm.training.engine_fsdp2 import check_shapes, filled, on_main_host
 from ldm.training.optimizer import MOMENTS, optimizer_state, set_learning_rate
 
@@ -56,18 +57,16 @@ def start_deepspeed(unet: UNet, optimizer: torch.optim.AdamW, settings: dict[str
     return deepspeed.initialize(model=unet, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
-class Zero12Engine:
+class Zero12Engine(WholeNetwork):
     """ZeRO-1 and 2: every process holds the whole network, and a part of the optimizer's state.
 
     Args:
         settings: of `zero_settings`. Gradients are reduced once a step (1), or in each micro-batch's backward pass (2).
     """
 
-    alone_in_forward = True
-
     def __init__(self, unet: UNet, optimizer: torch.optim.AdamW, settings: dict[str, Any]) -> None:
+        super().__init__(unet)
         self._names = [name for name, _ in unet.named_parameters()]
-        self._unet = unet
         self.optimizer = optimizer
         self.network = start_deepspeed(unet, optimizer, settings)
         self._zero = self.network.optimizer
@@ -93,24 +92,9 @@ class Zero12Engine:
         norm = torch.nan if skipped else float(self.network.get_global_grad_norm())
         return torch.tensor(float(skipped)), torch.tensor(norm)
 
-    def parts(self) -> list[Tensor]:
-        return [p.detach() for p in self._unet.parameters()]
-
-    def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from parts.items()
-
-    def parts_of(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(wholes)
-
     def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
-        self._unet.load_state_dict(dict(wholes))
+        super().load_weights(wholes)
         self._zero.refresh_fp32_params()
-
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self._unet.state_dict())
-
-    def average(self, ema: EMA) -> dict[str, Tensor]:
-        return ema.state_dict()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return on_main_host(self._state_tensors())
@@ -124,11 +108,6 @@ class Zero12Engine:
                 state["step"].copy_(states[name][0])
                 for key, moment in zip(MOMENTS, states[name][1:], strict=True):
                     state[key][here] = moment.flatten()[there].to(flat)
-
-    @contextmanager
-    def averaged(self, ema: EMA) -> Iterator[UNet]:
-        with ema.applied():
-            yield self._unet
 
     @contextmanager
     def initial(self) -> Iterator[UNet]:
