@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import make_clip, make_pipeline
+
+from ldm.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug.yaml"
@@ -61,3 +64,17 @@ def encoded_shards(raw_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         "--encoding.workers=0",
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny CLIP text encoder and its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder") / "clip"
+    make_clip(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(clip: str) -> Pipeline:
+    """A tiny pipeline of random weights around it."""
+    return make_pipeline(clip)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_clip, make_pipeline
+from tiny_models import make_pipeline
 from torch import Tensor
 
 from ldm.data.pictures import normalize
@@ -36,18 +36,6 @@ GIVEN = {
     "deblurring": GivenPicture(PICTURE, 0.75, None, Operator("blur", 1.5)),
     "missing pixels": GivenPicture(PICTURE, 1.0, MASK, Operator("mask")),
 }
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def pipeline(clip: str) -> Pipeline:
-    return make_pipeline(clip)
 
 
 def kept_latents(pipeline: Pipeline, prompts: list[str], **settings: Any) -> Tensor:

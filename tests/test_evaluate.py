@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import make_clip, make_pipeline
 
 from ldm.data.shards import write_shards
 from ldm.evaluate import main
@@ -139,13 +138,6 @@ def png(picture: np.ndarray) -> bytes:
 
 CAPTIONS = ["red heart", "blue heart", "green apple", "orange circle", "purple square", "a black cat", "flag of France"]
 OPTIONS = ["--steps=3", "--sampler=ddim", "--guidance=3", "--device=cpu", "--seed=5", "--captions=7"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return make_pipeline(str(folder))
 
 
 def write_training_set(folder: Path, pipeline: Pipeline, shift: int) -> None:

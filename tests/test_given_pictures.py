@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_files import pixels, run, texts
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import make_clip, make_pipeline
 
 from ldm.data.pictures import decode_picture
 from ldm.diffusion.linear_operators import AveragePooling
@@ -25,13 +25,6 @@ from ldm.sampling.given_pictures import GivenPicture, Operator
 FAST = ["--steps=4", "--sampler=ddim", "--guidance=3", "--device=cpu", "--prompt=red heart"]
 SETTINGS: dict[str, Any] = {"seed": 0, "steps": 4, "sampler": "ddim", "guidance": 3.0}
 SIDE = 16
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return make_pipeline(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +55,6 @@ def mask(tmp_path: Path) -> Path:
     pixels[:, SIDE // 2 :] = 130
     pixels[:3, -3:] = 0
     return write(tmp_path / "private-mask.png", pixels)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def texts(path: Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        return {name: str(text) for name, text in image.text.items()}  # type: ignore[attr-defined]
-
-
-def run(*words: object) -> None:
-    assert main([str(word) for word in words]) == 0
 
 
 def test_image_to_image_is_told_with_hash_and_strength_and_stays_nearer_the_lower_that_is(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny_models import LENGTH, make_clip, make_pipeline
+from tiny_models import LENGTH, make_pipeline
 from torch import Tensor
 
 from ldm import sample
@@ -23,13 +23,6 @@ PROMPTS = ["red heart", "flag of France"]
 NEGATIVE = "blurry"
 SHAPE = (2, 4, 8, 8)
 SEED = 5
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return str(folder)
 
 
 def learned(clip: str, **settings: object) -> Pipeline:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import MINILM, make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
+from tiny_models import MINILM, make_pipeline, make_sdxl_pair, tiny_autoencoder
 
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models.autoencoder import posterior_mean, scale_latents
@@ -28,22 +28,10 @@ NEGATIVE = "blurry, ugly"
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("encoders") / "pair"
     make_sdxl_pair(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def pipeline(clip: str) -> Pipeline:
-    return make_pipeline(clip)
 
 
 @pytest.fixture(scope="module")

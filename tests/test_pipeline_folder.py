@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_clip, make_pipeline, make_sdxl_pair, tiny_autoencoder
+from tiny_models import make_pipeline, make_sdxl_pair, tiny_autoencoder
 
 from ldm.pipeline.folder import FILES, FILES_OF_PAIR
 from ldm.pipeline.pipeline import Pipeline, load_pipeline, save_pipeline
@@ -16,22 +16,10 @@ from ldm.sampling.generation import generate
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("encoders") / "pair"
     make_sdxl_pair(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def pipeline(clip: str) -> Pipeline:
-    return make_pipeline(clip)
 
 
 @pytest.fixture(scope="module")

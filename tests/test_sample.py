@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_models import make_clip, make_pipeline
+from drawn_files import pixels, texts
 
 from ldm.diffusion import samplers
 from ldm.grid import labelled_grid
@@ -23,13 +22,6 @@ from ldm.training.checkpoint import HASHES, TrainingState, save_checkpoint
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps=3", "--sampler=ddim", "--guidance=3", "--device=cpu"]
 SETTINGS = {"steps": 3, "sampler": "ddim", "guidance": 3.0}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return make_pipeline(str(folder))
 
 
 def write_run(run: Path, pipeline: Pipeline) -> Path:
@@ -44,16 +36,6 @@ def write_run(run: Path, pipeline: Pipeline) -> Path:
 @pytest.fixture(scope="module")
 def run(pipeline: Pipeline, tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "tiny", pipeline)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def texts(path: Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        return {name: str(text) for name, text in image.text.items()}  # type: ignore[attr-defined]
 
 
 def test_the_program_runs_as_a_script_and_writes_a_picture(run, pipeline, tmp_path) -> None:

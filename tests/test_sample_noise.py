@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawn_files import pixels, run, texts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import make_clip, make_pipeline
 
 from ldm.models.durable import file_hash
 from ldm.pipeline.pipeline import Pipeline, save_pipeline
@@ -21,13 +20,6 @@ from ldm.sampling.generation import decode_latents, generate, initial_noise
 
 FAST = ["--steps=3", "--sampler=ddim", "--guidance=3", "--device=cpu"]
 SETTINGS: dict[str, Any] = {"seed": 0, "steps": 3, "sampler": "ddim", "guidance": 3.0}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("encoder") / "clip"
-    make_clip(folder)
-    return make_pipeline(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +33,6 @@ def write_noise(path: Path, *shape: int, name: str = "noise", scale: float = 1.0
     noise = scale * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     save_file({name: noise}, path)
     return noise
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def texts(path: Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        return {name: str(text) for name, text in image.text.items()}  # type: ignore[attr-defined]
-
-
-def run(*words: object) -> None:
-    assert main([str(word) for word in words]) == 0
 
 
 def test_the_noise_that_is_drawn_given_as_a_file_gives_the_same_pictures(folder, tmp_path) -> None:
