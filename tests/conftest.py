@@ -1,13 +1,16 @@
 """Real data for tests that train: emoji shards made by the project's tools, raw and encoded, once per test process."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_models import make_clip, make_pipeline
 
 from ldm.pipeline.pipeline import Pipeline
+from ldm.training.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug.yaml"
@@ -34,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files of LONGEST first, in that order; the rest stays as it was collected."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Puts the signals' handlers back: a run that ended as a signal asked ignores them, and so would its children."""
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run_tool(*words: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -73,9 +74,8 @@ def test_a_world_that_is_not_the_one_asked_for_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_asks_for_a_stop_once_and_the_old_handler_comes_back(name, capfd):
+def test_a_signal_asks_for_a_stop_once_and_is_ignored_once_the_run_has_ended_as_asked(name, capfd):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
     agreement = Agreement(SimpleNamespace(num_processes=1), 10.0)
     with StopRequest() as stop:
         assert not stop.agreed(agreement)
@@ -83,8 +83,25 @@ def test_a_signal_asks_for_a_stop_once_and_the_old_handler_comes_back(name, capf
         os.kill(os.getpid(), number)
         assert stop.agreed(agreement)
         assert stop.received == name
-    assert signal.getsignal(number) == before
+    os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == signal.SIG_IGN
     assert capfd.readouterr().err.count("finishing the step") == 1
+
+
+def test_without_a_signal_or_after_an_error_the_old_handlers_come_back():
+    def mine(number: int, frame: object) -> None:
+        raise AssertionError("not to be called")
+
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, mine)
+    with StopRequest():
+        pass
+    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == [mine] * 3
+    with suppress(RuntimeError), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError
+    assert stop.received == "SIGTERM"
+    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == [mine] * 3
 
 
 def test_impossible_settings_are_refused_by_name():
