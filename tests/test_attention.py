@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.attention import BACKENDS, attention, select_backend
+from ldm.models.attention import BACKENDS, TORCH_KERNELS, attention, select_backend, tried_by_auto
 
-SHAPES = [(2, 4, 64, 64, 40), (1, 8, 64, 77, 64), (3, 1, 5, 1, 8), (2, 5, 33, 33, 160)]  # B, heads, N, M, d
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers computes on CUDA only")
+SHAPES = [
+    (2, 4, 64, 64, 40),
+    (1, 8, 64, 77, 64),
+    (3, 1, 5, 1, 8),
+    (2, 5, 33, 33, 160),
+    (2, 2, 16, 17, 4),
+]  # B, heads, N, M, d
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def inputs(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -38,6 +44,65 @@ def test_sdpa_output_and_gradients_are_the_formula(shape: tuple[int, ...]) -> No
     expected = outputs(None, [x.detach().double().requires_grad_() for x in inputs(shape)])
     for found, exact in zip(outputs("sdpa", inputs(shape)), expected, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_that_fill_a_register_are_attended_to_by_nobody() -> None:
+    """What fills 77 keys up to 80 must not count, not even where all true scores are far below zero."""
+    q, k, v = inputs((2, 3, 40, 77, 8), dtype=torch.float64)
+    with torch.no_grad():
+        q.copy_(q.abs() + 1)
+        k.copy_(-20 * (k.abs() + 1))
+    for found, exact in zip(outputs("sdpa", [q, k, v]), outputs(None, [q, k, v]), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+def test_a_named_kernel_of_torch_that_the_device_has_not_is_an_error_with_its_cause(name: str) -> None:
+    if name == "flash":  # the CPU has this one
+        assert select_backend(name, "cpu", torch.float32) == name
+        return
+    with pytest.raises(RuntimeError, match=f"'{name}' does not work on cpu in torch.float32(.|\n)*RuntimeError: No "):
+        select_backend(name, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_kernel_put_first_leaves_shapes_that_it_cannot_do_to_others(shape: tuple[int, ...]) -> None:
+    expected = outputs("sdpa", inputs(shape))
+    for name in TORCH_KERNELS:
+        for found, exact in zip(outputs(name, inputs(shape)), expected, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_tries_cudnn_first_on_hopper_and_later_and_nothing_else_depends_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert tried_by_auto(torch.device("cpu")) == ["sdpa", "xformers"]
+    for capability, expected in (
+        ((8, 0), ["sdpa", "xformers"]),
+        ((9, 0), ["cudnn", "sdpa", "xformers"]),
+        ((10, 0), ["cudnn", "sdpa", "xformers"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert tried_by_auto(torch.device("cuda")) == expected
+
+
+def test_a_kernel_put_first_is_part_of_a_compiled_graph() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, "flash")
+
+    q, k, v = inputs((1, 2, 16, 16, 8))
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torchs_kernels_give_what_sdpa_gives_on_gpus(shape: tuple[int, ...], name: str) -> None:
+    select_backend(name, "cuda", torch.bfloat16)
+    ours, theirs = (outputs(kind, inputs(shape, "cuda", torch.bfloat16)) for kind in (name, "sdpa"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).float().norm() / b.float().norm()) < 0.02
 
 
 @needs_cuda
@@ -74,8 +139,8 @@ def test_xformers_that_is_not_installed_is_an_error_with_its_cause(monkeypatch: 
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="found 'flash', expected auto, sdpa, xformers"):
-        select_backend("flash", "cpu", torch.float32)
+    with pytest.raises(ValueError, match="found 'fastest', expected auto, sdpa, xformers, cudnn"):
+        select_backend("fastest", "cpu", torch.float32)
 
 
 def unscaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -247,3 +247,14 @@ def test_repeats_cost_that_many_steps_and_the_bar_counts_them(pipeline) -> None:
         progress=lambda *n: told.append(n), **SETTINGS,
     )  # fmt: skip
     assert told == [(i, 20) for i in range(1, 21)]  # for each picture three steps three times, the last one once
+
+
+@pytest.mark.parametrize("parameterization", ["x0", "v"])
+def test_measurements_guide_networks_of_any_prediction_whose_maps_are_channels_last(clip, parameterization) -> None:
+    drawn = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        pipeline = make_pipeline(clip, parameterization=parameterization)
+        pipeline.unet.to(memory_format=order)
+        pipeline.autoencoder.to(memory_format=order)
+        drawn.append(generate(pipeline, ["a heart"], given=GIVEN["super-resolution"].fitted(SIDE, SIDE), **SETTINGS))
+    assert int(np.abs(drawn[0].astype(int) - drawn[1].astype(int)).max()) <= 2

@@ -20,6 +20,7 @@ from ldm.models.blocks import Attention, embed_numbers
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNet
 from ldm.models.unet_config import FIXED, UNetConfig
+from ldm.training.recomputation import recompute
 
 
 def test_defaults_and_fixed_settings_are_the_defaults_of_diffusers() -> None:
@@ -190,7 +191,7 @@ def saved_bytes_and_gradients(unet: UNet) -> tuple[int, list[Tensor]]:
 def test_checkpointing_keeps_less_than_a_third_and_gives_the_same_gradients() -> None:
     ours, _ = small_pair(layers_per_block=2)
     plain, gradients = saved_bytes_and_gradients(ours)
-    ours.enable_checkpointing()
+    recompute(ours, "all")
     kept, again = saved_bytes_and_gradients(ours)
     assert kept < plain / 3, (kept, plain)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
@@ -202,7 +203,7 @@ def test_the_whole_network_is_one_graph_that_other_timesteps_do_not_retrace(chec
 
     ours, _ = small_pair()
     if checkpointing:
-        ours.enable_checkpointing()
+        recompute(ours, "all")
     counter = CompileCounter()
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     for seed in (0, 2, 4):
@@ -225,8 +226,8 @@ def test_set_attention_backend_reaches_every_attention(monkeypatch: pytest.Monke
     ours.set_attention_backend("counted")
     assert deviation(ours(x, t, conditioning), expected) < PARITY_LIMIT
     assert len(calls) == sum(isinstance(m, Attention) for m in ours.modules()) == 8  # 4 transformers, 2 in each
-    with pytest.raises(ValueError, match="found 'flash', expected"):
-        ours.set_attention_backend("flash")
+    with pytest.raises(ValueError, match="found 'fastest', expected"):
+        ours.set_attention_backend("fastest")
     assert {"sdpa", "xformers"} <= set(BACKENDS)
 
 

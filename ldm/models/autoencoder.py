@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.autocast import autocast_dtype, without_autocast
 from ldm.models.blocks import (
     Downsample,
-    GroupNorm,
     ResidualBlock,
     SpatialAttention,
     Upsample,
-    autocast_dtype,
-    without_autocast,
 )
+from ldm.models.convolution import Conv2d
+from ldm.models.norms import GroupNorm
 from ldm.models.pretrained import (
     Weights,
     build_from_weights,
@@ -160,21 +159,21 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             EncoderLevel(channels[max(i - 1, 0)], channels[i], config.layers_per_block, groups, i < len(channels) - 1)
             for i in range(len(channels))
         )
         self.mid_block = MidBlock(channels[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, silu=True)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -183,7 +182,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             DecoderLevel(
@@ -195,14 +194,14 @@ class Decoder(nn.Module):
             )
             for i in range(len(channels))
         )
-        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], EPS, silu=True)
+        self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class AutoencoderKL(nn.Module):
@@ -214,8 +213,8 @@ class AutoencoderKL(nn.Module):
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.quant_conv = Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
 
     @property
     def downsample_factor(self) -> int:

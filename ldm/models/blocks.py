@@ -5,7 +5,6 @@ Leaves: feature maps. Attribute names are those of diffusers' state dicts; memor
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,38 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.models.attention import attention
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Dtype of the autocast that is on for a device; None when it is off, and for the meta device, which has none."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switches autocast off within; costs nothing where it is off already."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm in the dtype of its input (sums are float32 in the kernel), also under autocast.
-
-    Autocast on CUDA would run it in float32, and the SiLU after it: three times the memory traffic and twice the saved
-    activations, for a result that the next convolution rounds anyway.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x.device):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, also under autocast, as GroupNorm is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x.device):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+from ldm.models.conditioning import KeysValues
+from ldm.models.convolution import Conv2d
+from ldm.models.geglu import geglu
+from ldm.models.norms import GroupNorm, LayerNorm
 
 
 def embed_numbers(numbers: Tensor, channels: int, *, cosine_first: bool, shift: int) -> Tensor:
@@ -89,12 +60,12 @@ class ResidualBlock(nn.Module):
         embedding_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNorm(groups, in_channels, eps, silu=True)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
-        self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """`embedding`, (B, E), is that of the timestep after the SiLU, which all blocks share.
@@ -102,10 +73,10 @@ class ResidualBlock(nn.Module):
         `skip` is joined to the channels of x in here, so that checkpointing does not keep the joined copy.
         """
         x = x if skip is None else torch.cat([x, skip], dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -119,7 +90,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, *, asymmetric: bool) -> None:
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -130,7 +101,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = size if size is not None else (2 * x.shape[-2], 2 * x.shape[-1])
@@ -138,7 +109,10 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens (B, N, C) to a context (B, M, D), or to themselves."""
+    """Multi-head attention of tokens (B, N, C) to a context (B, M, D), or to themselves.
+
+    In place of the context its keys and values, as `keys_values` gives them, are as good.
+    """
 
     def __init__(self, channels: int, heads: int, *, context_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -150,13 +124,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))  # a sequence of one for the name, to_out.0
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
         q = self._split(self.to_q(x))  # (B, heads, N, d)
-        k = self._split(self.to_k(context))  # (B, heads, M, d)
-        v = self._split(self.to_v(context))
-        out = attention(q, k, v, self.backend)
+        out = attention(q, self._split(k.to(q.dtype)), self._split(v.to(q.dtype)), self.backend)
         return self.to_out(out.transpose(1, 2).reshape(x.shape))  # (B, N, C)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, M, C) of a context (B, M, D)."""
+        return self.to_k(context), self.to_v(context)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -169,8 +145,8 @@ class SpatialAttention(Attention):
         super().__init__(channels, 1, bias=True)
         self.group_norm = GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x + to_map(super().forward(to_tokens(self.group_norm(x)), context), x)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + to_map(super().forward(to_tokens(self.group_norm(x))), x)
 
 
 class GEGLU(nn.Module):
@@ -181,8 +157,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -209,7 +184,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -229,22 +204,24 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_channels) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        """`context`: states of the text (B, M, D), or keys and values for each block."""
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, C)
-        for block in self.transformer_blocks:
-            h = run(block, h, context, checkpointing=self.checkpointing)
+        for index, block in enumerate(self.transformer_blocks):
+            told = context if isinstance(context, Tensor) else context[index]
+            h = run(block, h, told, checkpointing=self.checkpointing)
         h = to_map(self.proj_out(h), x) if self.linear else self.proj_out(to_map(h, x))
         return x + h
 
 
-def run(block: nn.Module, *inputs: Tensor | None, checkpointing: bool) -> Tensor:
+def run(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor] | None, checkpointing: bool) -> Tensor:
     """Calls a block; with checkpointing its activations are computed again in the backward pass, not kept."""
     if checkpointing and torch.is_grad_enabled():
         # No block draws random numbers: keeping the generators' states would stop for the device at each of

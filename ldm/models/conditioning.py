@@ -7,9 +7,12 @@ passes on.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
+
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass
@@ -22,6 +25,9 @@ class Conditioning:
     """Pooled text vector, (B, P); used by networks with addition_embed_type "text_time"."""
     sizes: Tensor | None = None
     """Original height and width, crop top and left, target height and width in pixels, (B, 6): SDXL's order."""
+    keys_values: KeysValues | None = None
+    """Keys and values (B, L, C) of each cross-attention of one network, in its order, all projected from `text`: what
+    UNet.with_keys_values adds for texts that stay the same over many evaluations. Whoever changes the text drops it."""
 
     def __len__(self) -> int:
         return self.text.shape[0]
@@ -48,12 +54,16 @@ class Conditioning:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "Conditioning":
-        """Moves all parts; `dtype` is that of text and pooled: sizes are numbers of pixels and keep theirs."""
-        sizes = self.sizes
+        """Moves all parts; `dtype` is that of text and pooled: sizes are numbers of pixels and keep theirs.
+
+        Keys and values stay with the text as it was, and are dropped where its dtype is to change.
+        """
+        sizes, kept = self.sizes, self.keys_values if dtype in (None, self.text.dtype) else None
         return Conditioning(
             self.text.to(device=device, dtype=dtype, non_blocking=non_blocking),
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype, non_blocking=non_blocking),
             None if sizes is None else sizes.to(device=device, non_blocking=non_blocking),
+            _each(kept, lambda part: part.to(device=device, non_blocking=non_blocking)),
         )
 
     def select(self, rows: Tensor | slice) -> "Conditioning":
@@ -62,6 +72,8 @@ class Conditioning:
 
     def where(self, replaced: Tensor, other: "Conditioning") -> "Conditioning":
         """The one row of `other` for the samples that are `replaced`, (B,) bool; text and pooled only, in float32.
+
+        Keys and values are dropped: they are those of other texts.
 
         Raises:
             ValueError: pooled text is there in one and missing in the other.
@@ -84,7 +96,7 @@ class Conditioning:
 
         Raises:
             ValueError: an optional part is there in some and missing in others, which would lose it in
-                silence.
+                silence; or keys and values are those of different networks.
         """
         parts: list[Tensor | None] = []
         for name in ("text", "pooled", "sizes"):
@@ -97,7 +109,7 @@ class Conditioning:
         text, pooled, sizes = parts
         if text is None:
             raise ValueError("there is no conditioning to join")
-        return Conditioning(text, pooled, sizes)
+        return Conditioning(text, pooled, sizes, _joined([c.keys_values for c in conditionings]))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         pooled, sizes = self.pooled, self.sizes
@@ -105,4 +117,26 @@ class Conditioning:
             change(self.text),
             None if pooled is None else change(pooled),
             None if sizes is None else change(sizes),
+            _each(self.keys_values, change),
         )
+
+
+def _each(keys_values: KeysValues | None, change: Callable[[Tensor], Tensor]) -> KeysValues | None:
+    return None if keys_values is None else tuple((change(k), change(v)) for k, v in keys_values)
+
+
+def _joined(parts: Sequence[KeysValues | None]) -> KeysValues | None:
+    given = [part for part in parts if part is not None]
+    if not given:
+        return None
+    if len(given) < len(parts):
+        raise ValueError(f"conditioning.keys_values is given in {len(given)} of {len(parts)} batches to join")
+    shapes = {tuple(tensor.shape[1:] for tensor in chain(*part)) for part in given}
+    if len(shapes) > 1:
+        raise ValueError(
+            "conditioning.keys_values: found batches of different numbers or shapes of keys and values, expected those "
+            "of one network and one length of text"
+        )
+    return tuple(
+        (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*given, strict=True)
+    )

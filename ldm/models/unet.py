@@ -4,6 +4,7 @@ Enters: noisy latents (B, C, h, w), timesteps (B,), a Conditioning. Leaves: a pr
 Names of weights and settings are those of diffusers' UNet2DConditionModel.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,14 +16,16 @@ from ldm.models.blocks import (
     Attention,
     Downsample,
     Embedding,
-    GroupNorm,
     ResidualBlock,
     SpatialTransformer,
+    TransformerBlock,
     Upsample,
     embed_numbers,
     run,
 )
-from ldm.models.conditioning import Conditioning
+from ldm.models.conditioning import Conditioning, KeysValues
+from ldm.models.convolution import Conv2d
+from ldm.models.norms import GroupNorm
 from ldm.models.pretrained import (
     Weights,
     build_from_weights,
@@ -58,11 +61,21 @@ class Level(nn.Module):
             )
             for _ in range(transformers)
         )
+        self.depth = config.per_level("transformer_layers_per_block")[level]
 
-    def layer(self, index: int, x: Tensor, embedding: Tensor, context: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Residual block and transformer of a given index."""
+    def layer(
+        self, index: int, x: Tensor, embedding: Tensor, context: Tensor | KeysValues, skip: Tensor | None = None
+    ) -> Tensor:
+        """Residual block and transformer of a given index; `context`: text, or keys and values for the whole level."""
         x = run(self.resnets[index], x, embedding, skip, checkpointing=self.checkpointing)
-        return self.attentions[index](x, context) if index < len(self.attentions) else x
+        if index >= len(self.attentions):
+            return x
+        return self.attentions[index](x, part_of(context, index * self.depth, self.depth))
+
+
+def part_of(context: Tensor | KeysValues, start: int, count: int) -> Tensor | KeysValues:
+    """What some of the cross-attentions are told: the text that all are told, or their own keys and values."""
+    return context if isinstance(context, Tensor) else context[start : start + count]
 
 
 class DownLevel(Level):
@@ -75,7 +88,7 @@ class DownLevel(Level):
         channels = config.block_out_channels[level]
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, asymmetric=False)])
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues) -> tuple[Tensor, ...]:
         """All outputs, of which the last goes on to the next level. A tuple: engines put hooks on its tensors."""
         outputs = []
         for index in range(len(self.resnets)):
@@ -92,7 +105,7 @@ class MidLevel(Level):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config, -1, [config.block_out_channels[-1]] * 2, transformers=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues) -> Tensor:
         for index in range(len(self.resnets)):
             x = self.layer(index, x, embedding, context)
         return x
@@ -108,7 +121,12 @@ class UpLevel(Level):
         self.upsamplers = nn.ModuleList([Upsample(channels)] if level > 0 else [])
 
     def forward(
-        self, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor, context: Tensor, size: tuple[int, int]
+        self,
+        x: Tensor,
+        skips: tuple[Tensor, ...],
+        embedding: Tensor,
+        context: Tensor | KeysValues,
+        size: tuple[int, int],
     ) -> Tensor:
         """`skips`: one for each block, in the order in which they were made; `size`: that of the next level out."""
         for index in range(len(self.resnets)):
@@ -131,7 +149,7 @@ class UNet(nn.Module):
         channels, layers = config.block_out_channels, config.per_level("layers_per_block")
         levels = len(channels)
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = Embedding(channels[0], config.embedding_channels)
         if config.projection_class_embeddings_input_dim is not None:
             self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, config.embedding_channels)
@@ -155,8 +173,17 @@ class UNet(nn.Module):
                 entering = channels[level]
             self.up_blocks.append(UpLevel(config, level, inputs))
 
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.cross_attentions: list[tuple[int, int]] = []
+        """The first cross-attention of each level, in the order of the levels, and how many there are in it."""
+        self.key_channels: list[int] = []
+        """Features of keys and values of each cross-attention, in the order of the levels."""
+        for part in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            widths = [m.attn2.to_k.out_features for m in part.modules() if isinstance(m, TransformerBlock)]
+            self.cross_attentions.append((len(self.key_channels), len(widths)))
+            self.key_channels += widths
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps, silu=True)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
         lasts: list[nn.Module] = [module.conv2 for module in self.modules() if isinstance(module, ResidualBlock)]
         lasts += [module.proj_out for module in self.modules() if isinstance(module, SpatialTransformer)]
@@ -170,7 +197,8 @@ class UNet(nn.Module):
             x: noisy latents (B, in_channels, h, w), scaled; cast to the dtype of the weights. A size that is not halved
                 evenly is rounded up on the way down and restored on the way up.
             t: timesteps (B,), 0 to 999, integers or between them.
-            conditioning: text (B, L, D), and with text_time pooled (B, P) and sizes (B, 6).
+            conditioning: text (B, L, D), and with text_time pooled (B, P) and sizes (B, 6). With keys and values of
+                this network's (`with_keys_values`) the text is not read.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -186,20 +214,50 @@ class UNet(nn.Module):
         conditioning.check(len(x), self.config.cross_attention_dim, self.config.pooled_channels)
         dtype = self.conv_in.weight.dtype
         embedding = self._embed(t, conditioning, dtype)  # (B, E)
-        context = conditioning.text.to(dtype)
+        context = self._context(conditioning, dtype)
         x = self.conv_in(x.to(dtype))
+        parts = iter([part_of(context, first, count) for first, count in self.cross_attentions])
         skips = [x]
         for down in self.down_blocks:
-            outputs = down(x, embedding, context)
+            outputs = down(x, embedding, next(parts))
             skips += outputs
             x = outputs[-1]
-        x = self.mid_block(x, embedding, context)
+        x = self.mid_block(x, embedding, next(parts))
         for up, count in zip(self.up_blocks, self.skips_taken, strict=True):
             taken, skips = tuple(skips[-count:]), skips[:-count]
             # Odd sizes were rounded up on the way down: the size to return to is that of the next skip.
             height, width = (skips[-1] if skips else x).shape[-2:]
-            x = up(x, taken, embedding, context, (height, width))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = up(x, taken, embedding, next(parts), (height, width))
+        return self.conv_out(self.conv_norm_out(x))
+
+    def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning with keys and values for each cross-attention, which `forward` then takes from there.
+
+        For texts that many evaluations share, as in sampling; in the precision that `forward` would have here, so call
+        it within the same autocast. Parameters must lie whole in the modules, as no module's forward is called.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        conditioning.check(len(conditioning), self.config.cross_attention_dim, self.config.pooled_channels)
+        text = conditioning.text.to(self.conv_in.weight.dtype)
+        layers = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
+        return replace(conditioning, keys_values=tuple(layer.keys_values(text) for layer in layers))
+
+    def _context(self, conditioning: Conditioning, dtype: torch.dtype) -> Tensor | KeysValues:
+        """What the cross-attentions are told; raises ValueError where keys and values are not of this network."""
+        given = conditioning.keys_values
+        if given is None:
+            return conditioning.text.to(dtype)
+        rows, length = conditioning.text.shape[:2]
+        expected = [(rows, length, channels) for channels in self.key_channels]
+        found = [tuple(k.shape) for k, _ in given]
+        if found != expected or found != [tuple(v.shape) for _, v in given]:
+            raise ValueError(
+                f"conditioning.keys_values: found {len(found)} pairs, keys of shapes {sorted(set(found))}, the network "
+                f"expects {len(expected)}, {sorted(set(expected))}: make them with this network's with_keys_values"
+            )
+        return given
 
     def _embed(self, t: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
         """Embedding of timestep, and of pooled text and sizes, after the SiLU with which each residual block begins."""
@@ -215,12 +273,6 @@ class UNet(nn.Module):
             added = torch.cat([pooled.to(dtype), waves.view(len(sizes), -1).to(dtype)], dim=-1)  # (B, P + 6 A)
             embedding = embedding + self.add_embedding(added)
         return F.silu(embedding)
-
-    def enable_checkpointing(self) -> None:
-        """Keeps the inputs of residual and transformer blocks only; the backward pass computes the rest again."""
-        for module in self.modules():
-            if isinstance(module, Level | SpatialTransformer):
-                module.checkpointing = True
 
     def set_attention_backend(self, name: str) -> None:
         """Sets the backend of all attention layers to one that `select_backend` returned."""

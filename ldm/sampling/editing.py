@@ -16,10 +16,9 @@ from ldm.diffusion.inpainting import known_region, known_start, resampled
 from ldm.diffusion.inverse_problems import guided_by_measurement
 from ldm.diffusion.linear_operators import LinearOperator, satisfying
 from ldm.diffusion.sampler_contract import Noise, Progress, Sampler, start
+from ldm.models.autocast import without_autocast
 from ldm.models.autoencoder import AutoencoderKL, posterior_mean, scale_latents, unscale_latents
-from ldm.models.blocks import without_autocast
 from ldm.models.conditioning import Conditioning
-from ldm.models.unet import UNet
 from ldm.pipeline.fit import inpaints
 from ldm.pipeline.pipeline import Pipeline
 from ldm.sampling.given_pictures import GivenPicture
@@ -36,7 +35,7 @@ class InpaintingNetwork(nn.Module):
     `beside` is (1, 1 + C, h, w), the mask first, 1 where the picture is drawn anew.
     """
 
-    def __init__(self, unet: UNet, beside: Tensor) -> None:
+    def __init__(self, unet: nn.Module, beside: Tensor) -> None:
         super().__init__()
         self.unet, self.beside = unet, beside
 
@@ -88,7 +87,7 @@ class Edit:
         """Whether the denoiser, or the order of steps, is another one than the network's and the sampler's own."""
         return self.free is not None or self.measurement is not None or self.repeats > 1
 
-    def network(self, unet: UNet) -> nn.Module:
+    def network(self, unet: nn.Module) -> nn.Module:
         """The network as one that takes noisy latents alone."""
         return unet if self.beside is None else InpaintingNetwork(unet, self.beside)
 
