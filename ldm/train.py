@@ -25,6 +25,7 @@ from ldm.diffusion.timesteps import stratified, timesteps
 from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.conditioning import Conditioning
 from ldm.models.durable import write_text
+from ldm.training.arrival import moments_of, text_of
 from ldm.training.bad_numbers import StepNumbers, poisoned
 from ldm.training.corruption_start import with_start
 from ldm.training.distributed import check_same, first_lines, roll_call, split_global_batch, start_accelerator
@@ -105,7 +106,8 @@ def run_steps(
                 if validating and held_out is not None:
                     with clock.paused():
                         record["validation_loss"] = validate(run, held_out)
-                run.metrics.write(done, record)
+                with run.parts("log"):
+                    run.metrics.write(done, record)
                 bar.set_postfix({name: record[name] for name in ("loss", "lr")})
             with clock.paused():
                 if stopping or due(done, config.training.checkpoint_every, steps):
@@ -142,27 +144,34 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> T
     config, engine = run.config, run.engine
     positions, losses = [], []
     for micro in range(run.split.accumulation):
-        with clock.waiting():
+        with clock.waiting(), run.parts("data"):
             batch = next(batches)
         run.ledger.collect(batch.quarantined, len(batch.positions))
-        batch = batch.to(run.accelerator.device, non_blocking=True)
+        with run.parts("copy"), run.own_time.forward():
+            batch = run.arrival(batch)
         # Gradients are exchanged once a step, in the last micro-batch's backward.
         last = micro == run.split.accumulation - 1
         with engine.exchanging(last):
-            with run.own_time.forward():
+            with run.parts("forward"), run.own_time.forward():
                 loss, t, latents = batch_loss(run, engine.network, batch)
             # All micro-batches have one size, so that the mean of their means is the mean of the global batch.
-            engine.backward(poisoned(loss) / run.split.accumulation)
+            with run.parts("backward"):
+                engine.backward(poisoned(loss) / run.split.accumulation)
         run.window.add(loss.detach(), run.position(t), batch.dropped)
         positions.append(batch.positions)
         losses.append(loss.detach())
         clock.images += len(batch.positions) * run.split.processes
-    engine.clip(config.optimizer.max_grad_norm)  # after accumulation
+    with run.parts("optimizer"):
+        engine.clip(config.optimizer.max_grad_norm)  # after accumulation
     with clock.paused():
         run.writer.wait_copied()  # a checkpoint's copy, which ran beside forward and backward
-    settle(run)  # the step before, while the device computes this one: the average wants the weights of before
-    skipped, grad_norm = engine.step(learning_rate(step, config.training.steps, config.optimizer))
+    if run.bad_steps.verdict(run.accelerator):  # on the step before, while the device computes this one
+        with run.parts("average"):
+            engine.average_before_step(run.ema)
+    with run.parts("optimizer"):
+        skipped, grad_norm = engine.step(learning_rate(step, config.training.steps, config.optimizer))
     run.own_time.step()
+    run.parts.step()
     run.bad_steps.hold(StepNumbers(step + 1, positions, losses), skipped, grad_norm)
     return latents
 
@@ -170,7 +179,8 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], clock: Clock) -> T
 def settle(run: Run) -> None:
     """Ends the step that was taken last, once: its share of the average, or its line in the log of bad steps."""
     if run.bad_steps.verdict(run.accelerator):
-        run.ema.update()
+        with run.parts("average"):
+            run.ema.update()
 
 
 def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,39 +204,36 @@ def batch_loss(run: Run, network: Network, batch: Batch) -> tuple[Tensor, Tensor
 def latents_of(run: Run, batch: Batch) -> Tensor:
     """Scaled latents (B, C, h, w): moments from the shard or the autoencoder, sampled, and scaled here, once."""
     autoencoder = run.pipeline.autoencoder
-    moments = batch.moments
-    if moments is None:
-        assert batch.images is not None, "a batch holds moments or images"
-        moments = autoencoder.encode(batch.images)
+    moments = moments_of(batch, autoencoder)
     return scale_latents(sample_posterior(moments, batch.posterior_noise), autoencoder.config)
 
 
 @torch.no_grad()
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     """Text (B, L, D), of a pair pooled text (B, P), both of dropped captions the empty caption's; and sizes (B, 6)."""
-    text_encoder, states = run.pipeline.text_encoder, batch.text_states
-    given = text_encoder.encode(batch.captions) if states is None else Conditioning(states, batch.text_pooled)
-    text = given.where(batch.dropped, text_encoder.empty())
+    text_encoder = run.pipeline.text_encoder
+    text = text_of(batch, text_encoder).where(batch.dropped, text_encoder.empty())
     return Conditioning(text.text, text.pooled, batch.sizes)
 
 
 def measure(run: Run, done: int, latents: Tensor, clock: Clock) -> dict[str, Any]:
     """The numbers of step `done`; empties the window. The only place where a step waits for the device. Collective."""
     settle(run)
-    record = window_metrics(run.window.total())
-    run.window.clear()
-    run.ledger.share(run.accelerator)
-    return record | {
-        "lr": learning_rate(done - 1, run.config.training.steps, run.config.optimizer),
-        "grad_norm": run.bad_steps.grad_norm,
-        "latent_std": float(latents.float().std()),
-        "ema_decay": run.ema.decay(max(run.ema.updates - 1, 0)),
-        "quarantined": run.ledger.replaced,
-        "skipped_steps": run.bad_steps.total,
-        "memory_gib": peak_memory_gib(run.accelerator.device),
-        **straggler(run.agreement, run.own_time.read(clock.waited)),
-        **clock.read(),
-    }
+    with run.parts("log"):
+        record = window_metrics(run.window.total())
+        run.window.clear()
+        run.ledger.share(run.accelerator)
+        return record | {
+            "lr": learning_rate(done - 1, run.config.training.steps, run.config.optimizer),
+            "grad_norm": run.bad_steps.grad_norm,
+            "latent_std": float(latents.float().std()),
+            "ema_decay": run.ema.decay(max(run.ema.updates - 1, 0)),
+            "quarantined": run.ledger.replaced,
+            "skipped_steps": run.bad_steps.total,
+            "memory_gib": peak_memory_gib(run.accelerator.device),
+            **straggler(run.agreement, run.own_time.read(clock.waited)),
+            **clock.read(),
+        }
 
 
 @torch.no_grad()

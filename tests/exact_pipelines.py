@@ -77,6 +77,9 @@ class ExactNetwork(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.data, self.schedule, self.name, self.learned = data, schedule, name, learned
 
+    def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
+        return conditioning  # it has no attention
+
     def forward(self, seen: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in coefficients_of(self.schedule, told))
         alpha = alpha.clamp(min=2.0**-26)  # of pure noise in continuous time, where it is 0

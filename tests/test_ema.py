@@ -56,6 +56,19 @@ def test_warm_up_decay_and_configured_decay_is_never_overwritten():
     assert ema.decay(10**6) == 0.995
 
 
+def test_warm_up_goes_on_from_update_to_update():
+    layer = constant(0.0)
+    ema = EMA(layer, EMAConfig(decay=0.995, warmup=True))
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1.0)
+    forgotten = 1.0
+    for k in range(6):
+        ema.update()
+        forgotten *= (1 + k) / (10 + k)
+        assert ema.updates == k + 1
+        assert float(ema.state_dict()["bias"][0]) == pytest.approx(1 - forgotten, rel=1e-6)
+
+
 def test_average_differs_from_moving_weights_and_tracks_them():
     layer = constant(0.0)
     ema = EMA(layer, EMAConfig(decay=0.9, warmup=False))

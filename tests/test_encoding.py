@@ -192,6 +192,7 @@ def encode_in_buckets(raw, out, buckets, **options):
         buckets=buckets,
     )
     assert sum(done) == 2 * len(SIZES)
+    assert not any(parameter.is_inference() for parameter in autoencoder.parameters())  # it may still be trained
     identity = encoder_identity(autoencoder, text_encoder, 64, encoding, text_states=False, buckets=buckets)
     return build_manifest(out, identity, progress=False)
 

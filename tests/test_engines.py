@@ -37,7 +37,7 @@ HARD = (
     "--optimizer.warmup_steps=2",
     "--optimizer.schedule=constant",  # so that a shorter run is the beginning of a longer one
     "--training.checkpoint_every=0",
-    "--wrapping.gradient_checkpointing=true",
+    "--wrapping.gradient_checkpointing=all",
 )
 BAD = [{"position": 6 * GLOBAL_BATCH + 13, "kind": "nan times"}]
 """Step 7: a sample of the second process, where there are two."""

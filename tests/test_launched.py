@@ -72,7 +72,7 @@ def test_what_an_engine_cannot_do_is_refused_with_the_reason(engine, offload, wr
     with pytest.raises(EngineError, match=expected):
         check_engine(engine, offload, WrappingConfig(**wrapping))
     if not engine.startswith("zero") or importlib.util.find_spec("deepspeed"):
-        check_engine(engine, "none", WrappingConfig(gradient_checkpointing=True))
+        check_engine(engine, "none", WrappingConfig(gradient_checkpointing="all"))
 
 
 def test_the_first_lines_tell_engine_world_hosts_devices_and_the_global_batch():

@@ -1,5 +1,7 @@
 """Learning rates against transformers' schedulers and closed forms; optimizer state against an undisturbed run."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,6 +10,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from ldm.training.optimizer import (
     OptimizerConfig,
+    clipping_scale,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
@@ -108,3 +111,18 @@ def test_only_matrices_and_kernels_are_decayed():
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"optimizer\.{field}: found {value}"):
         OptimizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3, 0.5, 1e6])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e4])
+def test_a_clipping_scale_divides_as_torch_clipping_multiplies(max_norm, size):
+    gradients = [torch.randn(17, 5, generator=torch.Generator().manual_seed(n)) * size for n in range(3)]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [nn.Parameter(torch.zeros(17, 5)) for _ in gradients]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    scale = clipping_scale(norm, max_norm)
+    assert (scale is None) == (max_norm == 0)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient if scale is None else gradient / scale, p.grad, rtol=3e-7, atol=0)

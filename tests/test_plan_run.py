@@ -21,6 +21,7 @@ from ldm.models.unet_config import UNetConfig
 from ldm.train import train_step
 from ldm.training.distributed import split_global_batch, start_accelerator
 from ldm.training.metrics import Clock
+from ldm.training.recomputation import POLICIES, Policy, recompute
 from ldm.training.run import build_run
 from ldm.training.scaling import GPUS, Cluster, exchange, largest_micro_batch, memory, step_time
 from ldm.training.simulation import NetworkCost, forward_flop, network_cost
@@ -57,7 +58,7 @@ def test_forward_operations_are_the_published_ones(config: UNetConfig, side: int
 
 
 @functools.cache
-def small_cost(precision: str, checkpointing: bool) -> NetworkCost:
+def small_cost(precision: str, checkpointing: Policy) -> NetworkCost:
     return network_cost(SMALL, 32, 12, precision=precision, checkpointing=checkpointing)
 
 
@@ -81,19 +82,18 @@ def allocated_peak(unet: UNet, batch: int, side: int, tokens: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_the_passes_is_what_the_allocator_gives_out(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", POLICIES)
+def test_memory_of_the_passes_is_what_the_allocator_gives_out(checkpointing: Policy) -> None:
     cost = small_cost("no", checkpointing)
     unet = UNet(SMALL)
-    if checkpointing:
-        unet.enable_checkpointing()
+    recompute(unet, checkpointing)
     for batch in (2, 5):
         estimate = cost.fixed_bytes + batch * cost.sample_bytes
         assert estimate == pytest.approx(allocated_peak(unet, batch, 32, 12), rel=0.06)
 
 
 def test_checkpointing_trades_memory_for_less_than_another_forward_pass() -> None:
-    plain, less = (small_cost("no", checkpointing) for checkpointing in (False, True))
+    plain, less = small_cost("no", "none"), small_cost("no", "all")
     assert less.sample_bytes < 0.5 * plain.sample_bytes
     assert plain.recomputed_flop == 0
     assert 0.5 * plain.forward_flop < less.recomputed_flop <= plain.forward_flop
@@ -101,7 +101,7 @@ def test_checkpointing_trades_memory_for_less_than_another_forward_pass() -> Non
 
 
 def test_half_precision_halves_activations_and_adds_copies_of_matrices_and_kernels() -> None:
-    full, half = (small_cost(precision, False) for precision in ("no", "bf16"))
+    full, half = (small_cost(precision, "none") for precision in ("no", "bf16"))
     assert half.sample_bytes == pytest.approx(full.sample_bytes / 2, rel=0.03)
     matrices = sum(p.numel() for p in UNet(SMALL).parameters() if p.dim() > 1)
     assert half.fixed_bytes == pytest.approx(full.fixed_bytes + 2 * matrices, rel=0.05)

@@ -102,7 +102,7 @@ def test_accumulation_gives_the_losses_and_weights_of_the_whole_batch(undisturbe
         assert ours["ema_decay"] == theirs["ema_decay"]  # one update of the average a step, not one a micro-batch
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing=true", "channels_last=false", "attention=sdpa"])
+@pytest.mark.parametrize("option", ["gradient_checkpointing=all", "channels_last=false", "attention=sdpa"])
 def test_how_the_network_is_executed_changes_rounding_only(undisturbed, encoded_shards, tmp_path, option):
     lines = train(tmp_path / "run", encoded_shards, f"--wrapping.{option}", "--training.checkpoint_every=0")
     for ours, theirs in zip(lines, metrics(undisturbed), strict=True):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ldm.config import RunConfig, build, make_parser
 from ldm.training.distributed import split_global_batch
+from ldm.training.recomputation import POLICIES, Policy
 from ldm.training.scaling import (
     ENGINES,
     FLOAT32,
@@ -103,11 +104,12 @@ def plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     precision = "bf16" if precision == "auto" else precision
     tokens = config.text_encoder.max_length or 77
 
-    def cost_of(checkpointing: bool) -> NetworkCost:
+    def cost_of(checkpointing: Policy) -> NetworkCost:
         return network_cost(config.unet, side, tokens, precision=precision, checkpointing=checkpointing)
 
     checkpointing = config.wrapping.gradient_checkpointing
-    costs = {checkpointed: cost_of(checkpointed) for checkpointed in (False, True)}
+    assert isinstance(checkpointing, str)
+    costs = {policy: cost_of(policy) for policy in POLICIES}
     cost, frozen = costs[checkpointing], FLOAT32 * options.frozen_parameters
     available = (gpu.memory_gib - options.reserve_gib) * GIB
     offload = config.distributed.offload
@@ -119,10 +121,10 @@ def plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         parts = memory(cost, name, options.gpus, split.micro_batch, split.accumulation, frozen, own)
         share = split.micro_batch * split.accumulation
         largest = {
-            checkpointed: largest_micro_batch(one, name, options.gpus, frozen, available, share, own)
-            for checkpointed, one in costs.items()
+            policy: largest_micro_batch(one, name, options.gpus, frozen, available, share, own)
+            for policy, one in costs.items()
         }
-        moved = exchange(name, split.accumulation, checkpointing)
+        moved = exchange(name, split.accumulation, cost.recomputed_flop > 0)
         time = step_time(cost, name, cluster, options.gpus, share, split.accumulation, precision)
         rows.append(
             {
@@ -130,8 +132,9 @@ def plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
                 "memory": asdict(parts),
                 "total": parts.total,
                 "fits": parts.total <= available,
-                "largest_micro_batch": largest[False],
-                "largest_micro_batch_checkpointed": largest[True],
+                "largest_micro_batch": largest["none"],
+                "largest_micro_batch_checkpointed": largest["all"],
+                "largest_micro_batches": largest,
                 "sent_per_step": moved.sent(FLOAT32 * cost.parameters, options.gpus),
                 "step_seconds": time.seconds,
                 "network_seconds": time.network,
@@ -162,6 +165,10 @@ def plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "batch": asdict(split),
         "network": asdict(cost) | {"training_flop": cost.training_flop},
         "checkpointing": checkpointing,
+        "policies": {
+            policy: {"sample_bytes": one.sample_bytes, "recomputed_flop": one.recomputed_flop}
+            for policy, one in costs.items()
+        },
         "precision": precision,
         "available": available,
         "engines": rows,
@@ -225,7 +232,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['gpus']} x {found['gpu']} ({assumed['memory_gib']} GiB, {assumed['bf16_tflops']:g} TFLOP/s bf16), "
         f"{assumed['gpus_per_node']} a node, {assumed['network_gbits']:g} Gbit/s between nodes; "
         f"engine {found['engine']}, offload {found['offload']}, precision {found['precision']}, "
-        f"checkpointing {'on' if found['checkpointing'] else 'off'}",
+        f"checkpointing {found['checkpointing']}",
         f"network: {network['parameters']:,} parameters; forward {network['forward_flop'] / 2e9:,.1f} GMAC, training "
         f"{network['training_flop'] / 1e12:.3f} TFLOP a sample"
         + (f" and {network['recomputed_flop'] / 1e12:.3f} computed again" if network["recomputed_flop"] else ""),
@@ -246,6 +253,13 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{row['largest_micro_batch']:20}{row['largest_micro_batch_checkpointed']:14} |"
             f"{row['sent_per_step'] / 1e9:13.2f}{row['step_seconds']:8.3f}{row['efficiency']:10.0%}"
         )
+    mine = next(row for row in found["engines"] if row["engine"] == found["engine"])
+    said += ["", f"checkpointing     passes of a sample MiB   computed again   largest micro-batch ({found['engine']})"]
+    said += [
+        f"{policy:13}{one['sample_bytes'] / 2**20:28,.1f}"
+        f"{one['recomputed_flop'] / (3 * network['forward_flop']):17.0%}{mine['largest_micro_batches'][policy]:22}"
+        for policy, one in found["policies"].items()
+    ]
     said += [
         "",
         f"time: {found['steps_a_day']:,.0f} steps a day, {found['images_a_second']:,.0f} images/s; {found['steps']:,} "

@@ -14,13 +14,30 @@ from torch import Tensor
 
 from ldm.data.quarantine import Quarantined
 
-# From a worker, a tensor in shared memory costs 0.4 ms for passing its file descriptor; a small one is cheaper copied.
+# From a worker, a tensor in shared memory costs 0.4 ms for passing its file descriptor: the large ones of a batch go as
+# parts of one, and small ones are cheaper copied.
 SMALL_BYTES = 1 << 15
+ALIGNED_BYTES = 64
 
 
-def _packed(value: Any) -> Any:
-    small = isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes <= SMALL_BYTES
-    return value.numpy() if small else value
+def _packed(tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[torch.dtype, torch.Size, int]]]:
+    """Tensors on the host in one of bytes; and their types, shapes and places in it."""
+    places, size = {}, 0
+    for name, tensor in tensors.items():
+        places[name] = (tensor.dtype, tensor.shape, size)
+        size += -(-tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
+    packed = torch.empty(size, dtype=torch.uint8)
+    for name, part in _unpacked(packed, places).items():
+        part.copy_(tensors[name])
+    return packed, places
+
+
+def _unpacked(packed: Tensor, places: dict[str, tuple[torch.dtype, torch.Size, int]]) -> dict[str, Tensor]:
+    """The parts of what `_packed` made; they share its memory."""
+    return {
+        name: packed[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        for name, (dtype, shape, start) in places.items()
+    }
 
 
 @dataclass
@@ -57,11 +74,17 @@ class Batch:
     """Samples that could not be used and were replaced in this batch"""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: _packed(value) for name, value in self.__dict__.items()}
+        state = dict(self.__dict__)
+        on_host = {name: one for name, one in state.items() if isinstance(one, Tensor) and one.device.type == "cpu"}
+        large = {name: one for name, one in on_host.items() if one.nbytes > SMALL_BYTES}
+        state |= {name: one.numpy() for name, one in on_host.items() if name not in large}
+        state |= dict.fromkeys(large)
+        return state | {"packed": _packed(large)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        large = _unpacked(*state.pop("packed"))
         arrays = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
-        self.__dict__.update(state | arrays)
+        self.__dict__.update(state | arrays | large)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -219,6 +219,9 @@ def encode_shards(
         buckets: each picture is encoded at the height and width of its own, by its shape in the shard's index.
         written: called with each shard as soon as it is complete.
     """
+    with torch.inference_mode(False):  # else the weights could never be trained again
+        # A fifth to a third faster on CPU, and what convolutions on tensor cores want.
+        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shapes = [(resolution, resolution)]
     if buckets is not None:
         shapes = bucket_shapes(resolution, buckets, autoencoder.downsample_factor)

@@ -41,9 +41,13 @@ class EMA:
         self.config = config
         self.updates = 0
         self._module = module
-        self._parts = parts or (lambda: list(module.parameters()))
+        # Kept: to walk through the modules for it takes as long as to average a small network.
+        self._parameters: list[Tensor] = list(module.parameters())
+        self._parts = parts or (lambda: self._parameters)
         self.names = [name for name, _ in module.named_parameters()]
-        self._average = [p.detach().to(torch.float32, copy=True) for p in self._parts()]
+        self._float32 = all(p.dtype == torch.float32 for p in self._parts())
+        self.averages = [p.detach().to(torch.float32, copy=True) for p in self._parts()]
+        """As they stand, float32, in the order of `names`."""
 
     def decay(self, update: int) -> float:
         """Decay of update k = 0, 1, 2, ...; the configured value is never overwritten."""
@@ -54,19 +58,30 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * weights; once per optimizer step, not per micro-batch."""
+        weights = self._parts()
+        if not self._float32:
+            weights = [p.float() for p in weights]
+        torch._foreach_lerp_(self.averages, weights, self.count_update())
+
+    def count_update(self) -> float:
+        """1 - decay of the coming update, for one who does it himself: from here on it counts as done."""
         weight = 1.0 - self.decay(self.updates)
-        torch._foreach_lerp_(self._average, [p.float() for p in self._parts()], weight)
         self.updates += 1
+        return weight
+
+    def by_parameter(self) -> dict[Tensor, Tensor]:
+        """The average of each parameter of the module, to be changed in place; where nothing is sharded."""
+        return dict(zip(self._parameters, self.averages, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's state dict with averaged parameters, float32, under the module's own names."""
         state = dict(self._module.state_dict())
-        state.update(zip(self.names, self._average, strict=True))
+        state.update(zip(self.names, self.averages, strict=True))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Puts back an average and the number of updates it has seen; raises KeyError or ValueError by name."""
-        for name, average in zip(self.names, self._average, strict=True):
+        for name, average in zip(self.names, self.averages, strict=True):
             if name not in state:
                 raise KeyError(f"the averaged weights lack {name}")
             if state[name].shape != average.shape:
@@ -89,7 +104,7 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for i, parameter in enumerate(self._module.parameters()):
+        for i, parameter in enumerate(self._parameters):
             weights = parameter.data
-            parameter.data = self._average[i]
-            self._average[i] = weights
+            parameter.data = self.averages[i]
+            self.averages[i] = weights

@@ -20,6 +20,7 @@ from ldm.models.unet import UNet
 from ldm.training.ema import EMA
 from ldm.training.optimizer import (
     MOMENTS,
+    clipping_scale,
     load_optimizer_tensors,
     optimizer_state,
     optimizer_tensors,
@@ -69,6 +70,7 @@ class FSDP2Engine:
         self._device = device
         self._plain = plain
         self._grad_norm = torch.zeros((), device=device)
+        self._grad_scale: Tensor | None = None
 
     @contextmanager
     def exchanging(self, last: bool) -> Iterator[None]:
@@ -83,15 +85,18 @@ class FSDP2Engine:
         total = torch.stack(torch._foreach_norm(gradients)).double().square().sum().to(self._device)
         dist.all_reduce(total)
         self._grad_norm = total.sqrt().float()
-        if max_norm:
-            scale = (max_norm / (self._grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+        self._grad_scale = clipping_scale(self._grad_norm, max_norm)
+
+    def average_before_step(self, ema: EMA) -> None:
+        ema.update()
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         set_learning_rate(self.optimizer, lr)
         bad = (~self._grad_norm.isfinite()).float()
         # As in `step_unless`: the fused kernel decides on the device; all processes have the same norm.
-        self.optimizer.found_inf = bad.to(self.parts()[0].device)  # type: ignore[attr-defined]
+        device, optimizer = self.parts()[0].device, cast(Any, self.optimizer)
+        optimizer.found_inf = bad.to(device)
+        optimizer.grad_scale = None if self._grad_scale is None else self._grad_scale.to(device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return bad, self._grad_norm

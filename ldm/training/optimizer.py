@@ -102,13 +102,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def step_unless(optimizer: AcceleratedOptimizer, bad: Tensor) -> Tensor:
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor | None:
+    """() float32, what gradients of the global norm `norm` are divided by; None where `max_norm` is 0.
+
+    One over the factor of torch's `clip_grad_norm_`, min(1, max_norm / (norm + 1e-6)): the fused kernel divides by it
+    as it reads the gradients, in place of a pass over them that reads and writes each once more.
+    """
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0).float() if max_norm else None
+
+
+def step_unless(optimizer: AcceleratedOptimizer, bad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
     """One optimizer step, or none where `bad` is true: weights, moments and step counts then stay as they are.
 
     The fused kernel decides on the device, so that the host need not wait; with a loss scaler the scaler decides.
 
     Args:
         bad: () bool, on the parameters' device.
+        grad_scale: of `clipping_scale`, for a fused optimizer.
 
     Returns:
         () float32, 1 where the step was skipped, else 0.
@@ -119,7 +129,7 @@ def step_unless(optimizer: AcceleratedOptimizer, bad: Tensor) -> Tensor:
         return bad.new_tensor(optimizer.step_was_skipped, dtype=torch.float32)
     found = bad.to(torch.float32)
     if inner.defaults["fused"]:
-        inner.found_inf = found
+        inner.found_inf, inner.grad_scale = found, grad_scale
         optimizer.step()
     elif not found.item():
         optimizer.step()

@@ -6,6 +6,7 @@ Enters: a RunConfig and the processes that run. Leaves: a Run, which run_state.p
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,15 @@ from ldm.data.quarantine import Ledger
 from ldm.diffusion.corruption import Corruption
 from ldm.diffusion.corruption_config import build_corruption
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.parity_gate import Trial
 from ldm.models.text_conditioner import TextConditioner
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.models.text_loading import FOLDERS
 from ldm.models.unet import UNet
 from ldm.pipeline.pipeline import Pipeline
+from ldm.training.arrival import Arrival, completed
 from ldm.training.bad_numbers import LOG, BadSteps
+from ldm.training.breakdown import NO_PARTS, StepParts
 from ldm.training.checkpoint_writer import CheckpointWriter
 from ldm.training.distributed import Agreement, BatchSplit
 from ldm.training.ema import EMA
@@ -55,6 +59,9 @@ class Run:
     """Writes checkpoints in the background; used on the main process."""
     agreement: Agreement
     own_time: OwnTime
+    arrival: Arrival
+    parts: StepParts = NO_PARTS
+    """Where a step's time goes, for a benchmark that puts its own here."""
     corruption: Corruption | None = None
     """What the network learns to undo in place of noise; None for noise."""
     initialized_from: str | None = None
@@ -122,8 +129,9 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
     parameters = sum(p.numel() for p in unet.parameters())
     distributed = config.distributed
     name = engine_name(distributed, accelerator.num_processes)
-    engine = wrap_network(unet, accelerator, config.wrapping, name, distributed, config.optimizer, split)
     side = config.data.resolution // autoencoder.downsample_factor
+    trial = Trial(split.micro_batch, side, text_encoder.max_length)
+    engine = wrap_network(unet, accelerator, config.wrapping, name, distributed, config.optimizer, split, trial)
     settle_buckets(engine.network, config.unet, side, text_encoder.max_length, split.micro_batch, accelerator)
     pipeline = Pipeline(
         unet,
@@ -159,5 +167,6 @@ def build_run(config: RunConfig, accelerator: Accelerator, split: BatchSplit, sa
         ),
         agreement=Agreement(accelerator, config.distributed.timeout_minutes),
         own_time=OwnTime(device, engine.alone_in_forward),
+        arrival=Arrival(device, partial(completed, text_encoder=text_encoder, autoencoder=autoencoder)),
         metrics=MetricsWriter(accelerator, run_dir, config.metrics, to_dict(config)),
     )

@@ -21,6 +21,7 @@ from ldm.models.blocks import ResidualBlock, SpatialTransformer
 from ldm.models.conditioning import Conditioning
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
+from ldm.training.recomputation import Policy, recompute
 
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def network_cost(
-    config: UNetConfig, side: int, text_length: int, *, precision: str, checkpointing: bool
+    config: UNetConfig, side: int, text_length: int, *, precision: str, checkpointing: Policy
 ) -> NetworkCost:
     """Simulates forward and backward of one and of two samples.
 
@@ -106,21 +107,23 @@ def network_cost(
         side: height and width of the latents.
         text_length: tokens of the text states.
         precision: of autocast: no, bf16 or fp16. Weights and their gradients are float32.
+        checkpointing: which activations are computed again, as wrapping.gradient_checkpointing says it.
     """
     with torch.device("meta"):
         unet = UNet(config).to(_DTYPES[precision])
     inputs = [_inputs(config, batch, side, text_length, "meta") for batch in (1, 2)]
     forward, recomputed = forward_flop(unet, side, text_length), 0.0
-    if checkpointing:
+    if checkpointing != "none":
         plain = _flop(unet, inputs[0])
-        unet.enable_checkpointing()
+        recompute(unet, checkpointing)
         recomputed = _flop(unet, inputs[0]) - plain
     one, two = (peak_bytes(unet, some) for some in inputs)
     units = sorted((_count(module) for module in sharded_units(unet)), reverse=True)
     parameters = _count(unet)
-    # Autocast computes with copies of matrices and kernels, which the backward pass wants again. With checkpointing
-    # the copies are made anew for each block, whose share of them the peak of two samples holds already.
-    copied = 0 if checkpointing or precision == "no" else sum(p.numel() for p in unet.parameters() if p.dim() > 1)
+    # Autocast computes with copies of matrices and kernels, which the backward pass wants again. With checkpointing of
+    # all the copies are made anew for each block, whose share of them the peak of two samples holds already.
+    kept = checkpointing != "all" and precision != "no"
+    copied = sum(p.numel() for p in unet.parameters() if p.dim() > 1) if kept else 0
     return NetworkCost(
         parameters=parameters,
         largest_units=(units[0], units[1]),

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.attention import select_backend
+from ldm.models.compiled import compile_blocks
 from ldm.models.conditioning import Conditioning
+from ldm.models.parity_gate import Trial, check_compiled
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 from ldm.training.distributed import BatchSplit
 from ldm.training.engine import Engine, PlainEngine
+from ldm.training.fp8 import use_fp8
 from ldm.training.launched import DistributedConfig, EngineError
 from ldm.training.optimizer import OptimizerConfig, make_optimizer
+from ldm.training.recomputation import Policy, recompute
 
 PRECISION: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN = ("single", "ddp")
@@ -34,14 +38,25 @@ class WrappingConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "bf16"
     """Autocast of forward and backward; weights, average and optimizer state stay float32. fp16 scales the loss. auto
     is bf16 where the device has instructions for it, else no: losses then depend on the device in their third digit."""
-    attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """Attention backend; auto takes the first that passes a forward and backward on the device."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
+    """Attention backend; auto takes the first that passes a forward and backward on the device: on Hopper GPUs cudnn,
+    else sdpa, which is torch's choice among its kernels cudnn, flash and efficient."""
     channels_last: bool = True
     """Keep activations as (B, H, W, C) in memory, which convolutions on tensor cores and on CPU prefer."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Policy | bool = "none"
+    """Blocks whose activations are computed again in the backward pass, not kept: none, transformers, outer (all of the
+    outermost level, whose maps are the largest) or all, which costs about a third more time. plan_run tells each one's
+    memory. true and false, as earlier checkpoints have it, are all and none."""
     compile: bool = False
-    """torch.compile the network: about a minute at start, then faster steps on GPUs."""
+    """torch.compile each residual and transformer block: about a minute at start, then faster steps on GPUs. Outputs
+    and gradients are compared with the network's own before the first step, and the run stops where they differ."""
+    fp8: bool = False
+    """An experiment: matrix products of transformer blocks in 8-bit floats, where the GPU has them (needs torchao, best
+    with compile). Parameters, average and checkpoints stay float32."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = "all" if self.gradient_checkpointing else "none"
 
 
 def resolve_precision(name: str) -> str:
@@ -64,6 +79,8 @@ def check_engine(engine: str, offload: str, config: WrappingConfig) -> None:
         problems.append(
             f"wrapping.compile is true: {engine} puts parameters together in hooks, which a compiled network leaves out"
         )
+    if config.fp8 and engine not in PLAIN:
+        problems.append(f"wrapping.fp8 is true: with {engine} it has not been tried; set it false, or use ddp")
     allowed = {"fsdp2": ("none", "parameters"), "zero3": ("none", "optimizer", "parameters")}
     allowed |= dict.fromkeys(("zero1", "zero2"), ("none", "optimizer"))
     if offload not in allowed.get(engine, ("none",)):
@@ -83,21 +100,31 @@ def wrap_network(
     distributed: DistributedConfig,
     optimizer: OptimizerConfig,
     split: BatchSplit,
+    trial: Trial | None = None,
 ) -> Engine:
     """Prepares `unet` in place, makes its optimizer, and returns the engine that trains it.
 
+    Args:
+        trial: what a compiled network is tried on before anything trains it; None: it is not tried.
+
     Raises:
         EngineError: the engine cannot do what is set.
+        ParityError: the compiled network computes something else than the network.
     """
     check_engine(engine, distributed.offload, config)
     # 1.-3. Device, memory format, attention.
     lay_out(unet, accelerator, config, keeps_format=engine in PLAIN)
-    # 4. Checkpointing changes the graph, so it comes before compile.
-    if config.gradient_checkpointing:
-        unet.enable_checkpointing()
-    # 5. Module.compile() works in place: no `_orig_mod.` in names that a checkpoint or the average would inherit.
+    # 4. Other modules around the same parameters. Then checkpointing, which changes the graph: before compile.
+    if config.fp8:
+        use_fp8(unet, accelerator.device)
+    assert isinstance(config.gradient_checkpointing, str)
+    recompute(unet, config.gradient_checkpointing)
+    # 5. Module.compile() works in place: no `_orig_mod.` in names that a checkpoint or the average would inherit. The
+    # trial comes before an engine's hooks, which would take its gradients for a step's.
     if config.compile:
-        unet.compile()
+        compile_blocks(unet)
+        if trial is not None:
+            check_compiled(unet, trial, accelerator.device, PRECISION[accelerator.mixed_precision])
     # 6. The engine goes around everything.
     if engine in PLAIN:
         wrapped: Any = accelerator.prepare_model(unet)
