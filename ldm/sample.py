@@ -26,9 +26,11 @@ from ldm.diffusion.variance import VARIANCES
 from ldm.grid import labelled_grid, save_png
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.durable import file_hash
+from ldm.models.parity_gate import ParityError
 from ldm.models.pretrained import weights_hash
 from ldm.models.text_encoder import DTYPES
 from ldm.models.unet_config import UNetConfig
+from ldm.sampling.compiling import compile_pipeline
 from ldm.sampling.generation import checked_shape, generate
 from ldm.sampling.given_options import add_given_options, given_texts, read_given
 from ldm.sampling.inversion import check_inverts, invert
@@ -182,6 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given = given.fitted(*(side * autoencoder.downsample_factor for side in shape[1:]))
 
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype], check)
+        if options.compile:
+            batch = min(options.batch_size, len(pictures))
+            deviation = compile_pipeline(pipeline, shape, batch, options.guidance)
+            print(f"compiled; an evaluation deviates by {deviation:.1g} from the uncompiled network's")
         options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
         pipeline = with_variances(pipeline, options.variances, options.sampler)
         settings = {
@@ -216,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.invert is not None:
             assert noise is not None
             write_tensor(NOISE, noise, options.invert, {**texts_of_all(pictures), **texts})
-    except (OSError, ValueError, ToleranceError, CheckpointError) as error:
+    except (OSError, ValueError, ToleranceError, CheckpointError, ParityError) as error:
         parser.error(str(error))
     print(f"{len(pictures)} pictures of {name} in {written[0] if len(written) == 1 else options.out}")
     if options.invert is not None and given is not None:
@@ -267,6 +273,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="safetensors file for the final latents (N, C, h, w), scaled as the network knows them",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network, and compare it with itself: about a minute at first, for many pictures",
     )
     add_sampling_options(parser)
     add_given_options(parser)

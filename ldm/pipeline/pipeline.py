@@ -62,6 +62,8 @@ class Pipeline:
     """What the network undoes in place of noise, predicting x0; `schedule` then has no meaning. None for noise."""
     variances: PosteriorVariances | None = None
     """What the sampler analytic_dpm needs of this network; None where nobody has estimated it."""
+    replays: bool = False
+    """Whether sampling records the network's evaluations as CUDA graphs, whose memory stays taken until it is gone."""
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +171,7 @@ def load_pipeline(
         trained.sigma_data,
         trained.corruption,
         variances_beside(folder, unet),
+        replays=unet.conv_in.weight.device.type == "cuda",
     )
 
 

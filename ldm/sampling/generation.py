@@ -30,6 +30,8 @@ from ldm.pipeline.pipeline import Pipeline, latent_shape_of
 from ldm.pipeline.variances import variances_at
 from ldm.sampling.editing import NOTHING, Edit, prepare
 from ldm.sampling.given_pictures import GivenPicture
+from ldm.sampling.graphs import replayed
+from ldm.sampling.packed_weights import packed_convolutions
 from ldm.sampling.restoration import refuse_settings_of_noise, restored_latents
 
 
@@ -129,16 +131,18 @@ def sample_latents(
             "variances are those of the network's own prediction, and steps of a whole run"
         )
     levels = edit.levels(sigmas(pipeline.schedule, steps, spacing))
-    network = edit.network(pipeline.unet)
-    denoise = guided(
-        denoiser(network, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data),
-        conditioning,
-        unconditional,
-        guidance,
-        guidance_rescale,
-    )
     x = edit.start(noise.to(pipeline.device), levels)
-    with pipeline.precision():
+    with pipeline.precision(), packed_convolutions(pipeline.unet):
+        network = edit.network(replayed(pipeline.unet) if pipeline.replays else pipeline.unet)
+        # The prompts stay the same over all steps, and with them their keys and values.
+        conditioning, unconditional = (pipeline.unet.with_keys_values(part) for part in (conditioning, unconditional))
+        denoise = guided(
+            denoiser(network, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data),
+            conditioning,
+            unconditional,
+            guidance,
+            guidance_rescale,
+        )
         if variance_name == "learned":
             learned = predictor(network, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data)
             predict = guided_prediction(learned, conditioning, unconditional, guidance, guidance_rescale)
@@ -186,7 +190,8 @@ def decode_latents(pipeline: Pipeline, latents: Tensor, edit: Edit = NOTHING) ->
 
     What `edit` gives of them, pixels or a measurement, they have.
     """
-    images = pipeline.autoencoder.decode(unscale_latents(latents, pipeline.autoencoder.config))  # (B, 3, H, W)
+    with packed_convolutions(pipeline.autoencoder.decoder):
+        images = pipeline.autoencoder.decode(unscale_latents(latents, pipeline.autoencoder.config))  # (B, 3, H, W)
     return to_uint8(edit.finished(images))
 
 

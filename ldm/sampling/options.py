@@ -98,7 +98,7 @@ def open_checkpoint(
         verify_checkpoint(folder)
     if not elsewhere:
         name = f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
-    return load_pipeline(folder, device, dtype, channels_last=device.type == "cuda", check=check), name
+    return load_pipeline(folder, device, dtype, channels_last=True, check=check), name
 
 
 def with_variances(pipeline: Pipeline, file: Path | None, sampler: str) -> Pipeline:
