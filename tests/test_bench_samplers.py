@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,18 @@ def test_the_benchmark_finds_equal_outputs_and_writes_its_figures(tmp_path: Path
         tmp_path / "f.json",
     )
     figures = json.loads((tmp_path / "f.json").read_text())
-    assert figures["about"]["diffusers"]
-    for run in figures["runs"]:
+    for run in figures:
+        assert run["about"]["diffusers"]
+        assert run["unit"] == "ms"
+        assert run["ratio"] == run["peer"] / run["ours"]
+        for whose, who in (("ours", "ours"), ("peer", "theirs")):
+            whole, inside = (statistics.median(run["milliseconds"][name]) for name in (who, f"{who}_inside"))
+            assert run[whose] == whole - inside
         assert run["difference"] < 1e-4 or run["sampler"] == "dpmpp_3m"
         assert {len(times) for times in run["milliseconds"].values()} == {2}
         assert re.search(rf"{run['sampler']} +batch 1 .* ratio", shown)
-    assert {"ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"} < {
-        r["sampler"] for r in figures["runs"]
-    }
+    expected = {"ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
+    assert expected < {run["sampler"] for run in figures}
 
 
 def test_the_figure_of_convergence_is_a_picture_and_its_numbers_fall(tmp_path: Path) -> None:

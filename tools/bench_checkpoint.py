@@ -1,13 +1,12 @@
 """Times what a checkpoint costs training: this program's background writer against accelerate's save_state.
 
-In: a UNet with AdamW and average in memory, and a folder on the disk in question. Out: a table, and --out as JSON: the
-pause of each, in interleaved rounds on the same tensors, and how training goes while the background write runs.
+In: a UNet with AdamW and average in memory, and a folder on the disk in question. Out: a table, and records as JSON
+(`--json FILE`): the pause of each, in interleaved rounds on the same tensors, and how training goes while the write in
+the background runs.
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from bench_record import Record, about, device_name, write_records
 from torch import Tensor
 
 from ldm.models.conditioning import Conditioning
@@ -177,7 +177,7 @@ def measure(folder: Path, channels: int, rounds: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in training.unet.parameters()),
         "bytes": size,
         "first_pause": first,
-        "device": torch.cuda.get_device_name() if training.device.type == "cuda" else processor(),
+        "device": device_name(training.device),
         "threads": torch.get_num_threads(),
         **pauses(training, writer, theirs, rounds),
     }
@@ -246,13 +246,21 @@ def beside_training(training: Training, writer: CheckpointWriter, rounds: int) -
     }
 
 
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def record(result: Mapping[str, Any]) -> Record:
+    """The pause of each as a record, which also has everything else that was measured."""
+    ours, theirs = result["pause"], result["save_state"]
+    return Record(
+        f"training's pause for a checkpoint, {result['parameters'] / 1e6:.0f} M parameters",
+        ours["median"],
+        theirs["median"],
+        "accelerate's save_state",
+        "s",
+        (ours["min"], ours["max"]),
+        (theirs["min"], theirs["max"]),
+        (1 / result["share"]["max"], 1 / result["share"]["min"]),
+        0.0,
+        {"measured": dict(result)},
+    )
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -289,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to be measured; removed")
     parser.add_argument("--channels", type=int, default=160, help="channels of the UNet's first level (SD has 320)")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the records")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True)
     result = {
@@ -298,8 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
         **measure(options.folder, options.channels, options.rounds),
     }
     print(table(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json is not None:
+        write_records(options.json, [record(result)], about("cuda" if torch.cuda.is_available() else "cpu"))
     return 0
 
 

@@ -1,14 +1,13 @@
 """Measures reading against stock webdataset on the same tars, and the first batch after a resume at 10^8 samples.
 
 In: nothing, or a folder of encoded shards with their manifest.
-Out: a table on standard output, and the same as JSON with versions and machine (`--json FILE`).
+Out: a table on standard output, and records of it as JSON with versions and machine (`--json FILE`).
 """
 
 import argparse
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bench_record import Record, about, compared, write_records
 
 from ldm.data.data_config import DataConfig
 from ldm.data.dataset import SampleDataset
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="least processor time of each way in each round")
     parser.add_argument("--resumes", type=int, default=10, help="random positions to resume at; 0 leaves this part out")
     parser.add_argument("--scratch", type=Path, help="where shards are made; otherwise the system's temporary folder")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--first-batch", nargs=2, metavar=("FOLDER", "POSITION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.first_batch:
@@ -78,20 +78,13 @@ def main() -> int:
             results["resume"] = resumes(Path(scratch) / "resume", options.resumes)
     print(table(results))
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_records(options.json, records(results), results["about"])
     return 0
 
 
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return {
-        "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy", "webdataset", "xxhash")},
-    }
+    return about("cpu") | {name: version(name) for name in ("webdataset", "xxhash")}
 
 
 def make_shards(folder: Path, shape: tuple[int, int, int], count: int, samples: int) -> Path:
@@ -192,10 +185,11 @@ def compare(folder: Path, batch: int, rounds: int, least: float) -> dict[str, An
         for way in sorted(ways, key=lambda way: random.Random(f"{number} {way}").random()):
             seconds[way].append(timed(ways[way], least))
     total = len(in_order)
-    found: dict[str, Any] = {"moments": list(first.shape), "shards": len(tars), "samples": total}
+    found: dict[str, Any] = {"moments": list(first.shape), "shards": len(tars), "samples": total, "rates": {}}
     for kind, label in enumerate(("wall", "cpu")):
         rates = {way: [total / one[kind] for one in each] for way, each in seconds.items()}
         found[label] = {way: spread(each) for way, each in rates.items()}
+        found["rates"][label] = rates
         for way in ("file order", "shuffled"):
             for base in ("stock", "undecoded"):
                 ratios = [a / b for a, b in zip(rates[way], rates[base], strict=True)]
@@ -306,10 +300,25 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
+def records(results: dict[str, Any]) -> list[Record]:
+    """Rates by the clock as records, with those by the processor's time, and the resumes with each."""
+    made = []
+    for one in results["reading"]:
+        wall, cpu = one["rates"]["wall"], one["rates"]["cpu"]
+        extra = {name: one[name] for name in ("moments", "shards", "samples")} | {"batch": results["batch"]}
+        for way in ("file order", "shuffled"):
+            for base, whose in (("stock", "webdataset, decoded"), ("undecoded", "webdataset, bytes alone")):
+                more = extra | {"cpu_ratio": one["cpu"][f"{way} / {base}"], "resume": results.get("resume")}
+                more |= {"cpu_ours": spread(cpu[way]), "cpu_peer": spread(cpu[base]), "full": one["wall"]["full"]}
+                name = f"reading, moments {tuple(one['moments'])}, {way}"
+                made.append(compared(name, wall[way], wall[base], whose, "samples/s", 0.0, **more))
+    return made
+
+
 def table(results: dict[str, Any]) -> str:
     about = results["about"]
     lines = [
-        f"{about['processor']}, {about['cores']} cores, load {about['load'][0]:.1f}; Python {about['python']}, torch "
+        f"{about['processor']}, {about['cores']} cores, load {about['load']:.1f}; Python {about['python']}, torch "
         f"{about['torch']}, NumPy {about['numpy']}, webdataset {about['webdataset']}; one process and thread, batches "
         f"of {results['batch']}, files in the page cache, median (range) of {results['rounds']} rounds",
     ]

@@ -1,23 +1,20 @@
 """Measures samplers against diffusers' schedulers: time outside the network, for a network that costs nothing.
 
-In: nothing. Out: a table on standard output, and the same as JSON with versions and machine (`--json FILE`): for each
-sampler that both have, milliseconds of a run from pure noise to latents, spacing and guidance included, without what
-the network's calls and the draws of noise cost by themselves, which both libraries take from the same functions.
+In: nothing. Out: a table on standard output, and records of it as JSON with versions and machine (`--json FILE`): for
+each sampler that both have, milliseconds of a run from pure noise to latents, spacing and guidance included, without
+what the network's calls and the draws of noise cost by themselves, which both libraries take from the same functions.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_record import Record, about, write_records
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import denoiser
@@ -86,24 +83,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, of which median and range are told")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is without (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, help="file for the records")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {
-        "about": about(options.device),
-        "steps": options.steps,
-        "shape": SHAPE,
-        "guidance": options.guidance,
-        "runs": [],
-    }
+    found, runs = about(options.device), []
     for batch in options.batches:
         for name in SHARED:
-            results["runs"].append(
+            runs.append(
                 compare(name, options.steps, batch, options.rounds, torch.device(options.device), options.guidance)
             )
-            print(line(results["runs"][-1]), flush=True)
+            print(line(runs[-1]), flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        shared = {"steps": options.steps, "shape": SHAPE, "guidance": options.guidance}
+        write_records(options.json, [record(run, shared) for run in runs], found)
     return 0
 
 
@@ -188,11 +180,29 @@ def milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
     return 1000 * taken
 
 
+def outside_network(run: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of ours and of theirs, without what the network's calls and the draws take."""
+    median = {key: statistics.median(values) for key, values in run["milliseconds"].items()}
+    return {who: median[who] - median[f"{who}_inside"] for who in ("ours", "theirs")}
+
+
+def record(run: dict[str, Any], shared: dict[str, Any]) -> Record:
+    """The time outside the network as a record, which also has all times that were taken."""
+    outside = outside_network(run)
+    return Record(
+        f"sampler {run['sampler']}, batch {run['batch']}, outside the network",
+        outside["ours"],
+        outside["theirs"],
+        f"diffusers' {SHARED[run['sampler']][0]}",
+        "ms",
+        difference=run["difference"],
+        extra=shared | {name: run[name] for name in ("sampler", "batch", "milliseconds")},
+    )
+
+
 def line(run: dict[str, Any]) -> str:
     """One row: medians of the time outside the network, with the ranges of whole runs, and the ratio of the medians."""
-    median = {key: statistics.median(values) for key, values in run["milliseconds"].items()}
-    outside = {who: median[who] - median[f"{who}_inside"] for who in ("ours", "theirs")}
-    told = []
+    outside, told = outside_network(run), []
     for who, value in outside.items():
         whole = run["milliseconds"][who]
         told.append(f"{who} {value:6.2f} (whole runs {min(whole):.2f} to {max(whole):.2f})")
@@ -200,18 +210,6 @@ def line(run: dict[str, Any]) -> str:
     return (
         f"{head}  ms: {'  '.join(told)}  ratio {outside['ours'] / outside['theirs']:.2f}  |d| {run['difference']:.1g}"
     )
-
-
-def about(device: str) -> dict[str, Any]:
-    """Versions and machine, so that figures can be placed later."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-    }
 
 
 if __name__ == "__main__":
