@@ -184,12 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given = given.fitted(*(side * autoencoder.downsample_factor for side in shape[1:]))
 
         pipeline, name = open_checkpoint(options.checkpoint, device, DTYPES[options.dtype], check)
-        if options.compile:
+        options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
+        pipeline = with_variances(pipeline, options.variances, options.sampler)
+        if options.compile:  # after all that may be refused
             batch = min(options.batch_size, len(pictures))
             deviation = compile_pipeline(pipeline, shape, batch, options.guidance)
             print(f"compiled; an evaluation deviates by {deviation:.1g} from the uncompiled network's")
-        options.sampler = chosen_sampler(options.sampler, pipeline.corruption)
-        pipeline = with_variances(pipeline, options.variances, options.sampler)
         settings = {
             name: getattr(options, name)
             for name in ("steps", "spacing", "guidance", "guidance_rescale", "negative", "batch_size")

@@ -41,15 +41,21 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if fused_group_norm is not None and _fusible(x):
             return fused_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
-        turned = x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < NARROW * self.num_groups
-        turned = turned and x.is_contiguous(memory_format=torch.channels_last) and not _transformed()
-        given = _Ordered.apply(x, torch.contiguous_format, torch.channels_last) if turned else x
-        if _transformed():  # torch's kernel for channels_last maps has no forward-mode derivative
-            given = x.contiguous()
+        turned = self._turns(x)
+        if turned:
+            given = _Ordered.apply(x, torch.contiguous_format, torch.channels_last)
+        else:  # torch's kernel for channels_last maps has no forward-mode derivative
+            given = x.contiguous() if _transformed() else x
         with without_autocast(x.device):
             out = F.group_norm(given, self.num_groups, _for(x, self.weight), _for(x, self.bias), self.eps)
         out = F.silu(out) if self.silu else out
         return _Ordered.apply(out, torch.channels_last, torch.contiguous_format) if turned else out
+
+    def _turns(self, x: Tensor) -> bool:
+        """Whether the map is better normalized in the other memory order; a compiler writes a kernel of its own."""
+        narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < NARROW * self.num_groups
+        eager = narrow and not torch.compiler.is_compiling() and not _transformed()
+        return eager and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Ordered(torch.autograd.Function):
