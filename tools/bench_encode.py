@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_record import Record, about, compared, heading, interleaved, line, write_records
+from bench_record import Record, add_options, begin, compared, interleaved, line, write_records
 from encode_latents import encode_folder
 from PIL import Image
 from synthetic_run import make_text_encoder
@@ -47,15 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="pictures that are encoded at once (32)")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode (1, encoding.workers' default)")
     parser.add_argument("--format", choices=["png", "jpg"], default="png", help="of the raw pictures")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which median and range are told")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the processor; torch's default otherwise")
-    parser.add_argument("--json", type=Path, help="file for the records")
+    add_options(parser, rounds=5)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device, found = torch.device(options.device), about(options.device)
-    print(heading(found), flush=True)
+    device, found = begin(options)
     with tempfile.TemporaryDirectory(prefix="bench-encode-") as scratch:
         records = compare(Path(scratch), options, device)
     print("\n".join(map(line, records)))

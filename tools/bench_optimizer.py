@@ -8,13 +8,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from bench_record import Record, about, compared, heading, interleaved, line, write_records
+from bench_record import Record, add_options, begin, compared, interleaved, line, write_records
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -105,16 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/bench_optimizer.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], help="channels of the outermost level")
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which median and range are told")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the processor; torch's default otherwise")
-    parser.add_argument("--json", type=Path, help="file for the records")
+    add_options(parser, rounds=11)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    found = about(device)
-    print(heading(found), flush=True)
+    device, found = begin(options)
     accelerator = Accelerator(cpu=device.type == "cpu")
     records = []
     for width in options.widths:

@@ -4,6 +4,7 @@ Enters: ways to do the same work, as functions. Leaves: seconds of each way in r
 of records; each holds `name`, `ours`, `peer`, `peer_name`, `ratio` and `unit`, and what its figures belong to.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -154,6 +155,25 @@ def about(device: torch.device | str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """Rounds, device, threads and the file for the records, as benchmarks of a device take them."""
+    told = "interleaved rounds, of which median and range are told"
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"{told} ({rounds})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of the processor; torch's default otherwise")
+    parser.add_argument("--json", type=Path, help="file for the records")
+
+
+def begin(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """Sets the threads of `add_options`; device and `about`, whose heading is printed."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    found = about(device)
+    print(heading(found), flush=True)
+    return device, found
 
 
 def heading(about: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_record import Record, about, compared, heading, interleaved, line, write_records
+from bench_record import Record, add_options, begin, compared, interleaved, line, write_records
 
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -72,17 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="of the network")
     parser.add_argument("--peers", nargs="+", default=["eager"], choices=list(PEERS), help="diffusers as it is driven")
     parser.add_argument("--compile", action="store_true", help="ours compiled, as sample.py --compile does it")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which median and range are told")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the processor; torch's default otherwise")
-    parser.add_argument("--json", type=Path, help="file for the records")
+    add_options(parser, rounds=5)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    found, wrong = about(device), 0
-    print(heading(found))
-    records: list[Record] = []
+    device, found = begin(options)
+    wrong, records = 0, list[Record]()
     for dtype in options.dtypes:
         settings = Settings(options.steps, options.guidance, device, dtype)
         ours, peers = (networks if options.sd15 else pipelines)(options, settings)

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_record import Record, about, compared, heading, interleaved, line, wait_for, write_records
+from bench_record import Record, add_options, begin, compared, interleaved, line, wait_for, write_records
 from bench_run import measure_run, told_run
 from train_ways import (
     PEERS,
@@ -52,20 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"], choices=list(DTYPES), help="autocast")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all; on CPU without compiled")
     parser.add_argument("--compile", action="store_true", help="ours compiled, as wrapping.compile does it")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which median and range are told")
     parser.add_argument("--calls", type=int, default=1, help="steps of each way in a round (1)")
     parser.add_argument("--steps", type=int, default=0, help="also measure so many steps of a run; 0 leaves it out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the processor; torch's default otherwise")
-    parser.add_argument("--json", type=Path, help="file for the records")
+    add_options(parser, rounds=5)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device, found = begin(options)
     if options.peers is None:
         options.peers = [name for name in PEERS if device.type == "cuda" or name != "compiled"]
-    found = about(device)
-    print(heading(found), flush=True)
     records: list[Record] = []
     for name, config in networks(options.widths, options.config, options.size):
         for precision in options.precisions:
