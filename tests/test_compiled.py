@@ -13,7 +13,7 @@ from unet_pairs import PARITY_LIMIT, SMALL, deviation, random_inputs, small_pair
 
 from ldm.models.attention import BACKENDS, attention
 from ldm.models.blocks import ResidualBlock
-from ldm.models.compiled import compile_blocks, eager, is_compiled, repeated_blocks
+from ldm.models.compiled import compile_blocks, compile_frozen, eager, is_compiled, repeated_blocks
 from ldm.models.parity_gate import ParityError, Trial, check_compiled
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
@@ -63,6 +63,36 @@ def test_blocks_compile_in_place_once_and_give_the_networks_outputs_and_gradient
     with eager(unet):
         assert not is_compiled(unet)
     assert is_compiled(unet)
+
+
+class Doubling(torch.nn.Module):
+    """A convolution that doubles 16 channels; torch compiles no module of its own as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(16, 32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x)
+
+
+def test_frozen_weights_are_constants_of_the_program_and_of_no_other_networks() -> None:
+    """A kernel that is written over counts no more; other weights get a program of their own; gradients see all."""
+    networks = [Doubling().eval() for _ in range(2)]
+    x = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [network(x) for network in networks]
+        for network, own in zip(networks, expected, strict=True):
+            compile_frozen(network)
+            assert deviation(network(x), own) < PARITY_LIMIT
+            network.convolution.weight.mul_(2)
+            assert deviation(network(x), own) < PARITY_LIMIT
+    found = networks[0](x)
+    with eager(networks[0]):
+        assert deviation(found, networks[0](x)) < PARITY_LIMIT
+    assert deviation(found, expected[0]) > 0.5
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in networks[0].parameters())
 
 
 def test_no_shape_is_compiled_as_a_variable() -> None:

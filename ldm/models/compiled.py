@@ -37,10 +37,22 @@ def compile_frozen(network: nn.Module) -> None:
     """Compiles a network as a whole, in place, its weights as constants of the program: for weights that stay.
 
     On a CPU torch then lays them out once in the order in which its kernels read them, which block by block, as blocks
-    share programs, it cannot; a small network draws half as fast again. Each shape costs a compilation of the whole.
+    share programs, it cannot; a small network draws up to 1.8 times as fast. Each shape costs a compilation of the
+    whole. Where gradients are wanted weights are read as they are.
     """
+    from torch._inductor import config  # takes a second, which no run without a compiler should
+
     _allow_programs()
-    network.compile(dynamic=False, options={"freezing": True})
+    network.compile(dynamic=False)
+    compiled = network._compiled_call_impl
+    assert compiled is not None
+
+    def frozen(*given: Any, **named: Any) -> Any:
+        # As an option of torch.compile it reaches the code generator alone: tracing has made inputs of the weights.
+        with config.patch(freezing=True):
+            return compiled(*given, **named)
+
+    network._compiled_call_impl = frozen
 
 
 def _allow_programs() -> None:
