@@ -69,6 +69,21 @@ def test_the_benchmark_writes_a_record_for_each_peer_and_the_run(tmp_path: Path,
     assert "forward" in shown
 
 
+def test_a_compiled_step_is_compared_and_measured_too(tmp_path: Path, capsys) -> None:
+    """On a CPU without its memory: what watches each operator sees nothing of a compiled program."""
+    torch._dynamo.reset()
+    sizes = ["--size", "8", "--batch", "2", "--rounds", "1", "--precisions", "no", "--device", "cpu"]
+    ways = ["--compile", "--peers", "script", "--json", str(tmp_path / "r.json")]
+    assert bench_train.main(["--config", str(DEBUG), *sizes, *ways]) == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert row["compiled"]
+    assert row["difference"] < 1e-5
+    assert "peer_step_gib" in row
+    assert "ours_step_gib" not in row
+    assert capsys.readouterr().out.count(" GiB") == 1
+
+
+
 def test_operations_of_a_picture_are_those_of_the_published_count() -> None:
     (_, config), *_ = bench_train.networks([320], None, 32)
     # FLOP counts of SD 1.5 by others: 90.1 G multiply-accumulates forward at 32x32.

@@ -120,8 +120,9 @@ def compare(
                 f"{who}_pictures_per_second": rate,
                 f"{who}_tflops": rate * picture,
                 f"{who}_share_of_ceiling": rate * picture / ceiling,
-                f"{who}_step_gib": step_memory(way, device) / 2**30,
             }
+            if device.type == "cuda" or not way.compiled:
+                extra[f"{who}_step_gib"] = step_memory(way, device) / 2**30
         extra |= {"ceiling_tflops": ceiling, "differences": difference}
         compiled = ", compiled" if options.compile else ""
         what = f"training step, {name}, {precision}, batch {options.batch}, {options.size}x{options.size}{compiled}"
@@ -178,7 +179,10 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def step_memory(way: Way, device: torch.device) -> float:
-    """Bytes that a step takes at its peak, beyond weights, moments and average."""
+    """Bytes that a step takes at its peak, beyond weights, moments and average; on a CPU not of a compiled network.
+
+    There every operator is watched, which no compiled program lets anyone do.
+    """
     wait_for(device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -198,8 +202,8 @@ def told(record: Record) -> str:
     extra = record.extra
     parts = [
         f"{who}: {extra[f'{who}_pictures_per_second']:.4g} pictures/s, {extra[f'{who}_tflops']:.3g} TFLOP/s "
-        f"({100 * extra[f'{who}_share_of_ceiling']:.0f} % of {extra['ceiling_tflops']:.3g}), "
-        f"{extra[f'{who}_step_gib']:.3g} GiB"
+        f"({100 * extra[f'{who}_share_of_ceiling']:.0f} % of {extra['ceiling_tflops']:.3g})"
+        + (f", {extra[f'{who}_step_gib']:.3g} GiB" if f"{who}_step_gib" in extra else "")
         for who in ("ours", "peer")
     ]
     return "\n    ".join([line(record), *parts])

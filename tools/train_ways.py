@@ -68,6 +68,8 @@ class Way(ABC):
     """A network in training with its optimizer and average."""
 
     name: str
+    compiled: bool
+    """Whether the network runs compiled."""
 
     @abstractmethod
     def step(self) -> None:
@@ -107,7 +109,7 @@ class Ours(Way):
         wrapping = WrappingConfig(channels_last=channels_last, compile=compiled)
         optimizer = OptimizerConfig(lr=LEARNING_RATE)
         split = split_global_batch(len(inputs.x), 1, None)
-        self.unet, self.inputs, self.max_norm = unet, inputs, optimizer.max_grad_norm
+        self.unet, self.inputs, self.max_norm, self.compiled = unet, inputs, optimizer.max_grad_norm, compiled
         self.engine = wrap_network(unet, accelerator, wrapping, "single", DistributedConfig(), optimizer, split)
         self.ema = EMA(unet, EMAConfig(), self.engine.parts)
         self.stepped = False
