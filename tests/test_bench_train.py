@@ -83,7 +83,6 @@ def test_a_compiled_step_is_compared_and_measured_too(tmp_path: Path, capsys) ->
     assert capsys.readouterr().out.count(" GiB") == 1
 
 
-
 def test_operations_of_a_picture_are_those_of_the_published_count() -> None:
     (_, config), *_ = bench_train.networks([320], None, 32)
     # FLOP counts of SD 1.5 by others: 90.1 G multiply-accumulates forward at 32x32.

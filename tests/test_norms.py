@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,7 +77,10 @@ def test_eps_is_inside_the_root_as_in_torch() -> None:
 def test_triton_kernels_are_torchs_formula_forward_and_backward_on_random_shapes() -> None:
     """12 shapes (LDM_NORM_TRIALS), seed 0 (LDM_NORM_SEED), in float32, float16 and bfloat16, with and without SiLU."""
     script = Path(__file__).with_name("triton_norm_trials.py")
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    interpreted = not torch.cuda.is_available()
+    if interpreted and version("triton").startswith("3.6.") and int(np.__version__.split(".")[1]) >= 4:
+        pytest.skip("the interpreter of Triton 3.6 (torch 2.11's) runs with numpy up to 2.3 and with no later one")
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpreted else {})
     command = [sys.executable, str(script), str(TRIALS), str(SEED)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

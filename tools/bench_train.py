@@ -45,9 +45,9 @@ CEILING_ROUNDS = 5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/bench_train.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128], help="channels of the outermost level")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192], help="channels of the outermost level")
     parser.add_argument("--config", type=Path, help="take the network from a run's config instead")
-    parser.add_argument("--size", type=int, default=32, help="height and width of the latents (32)")
+    parser.add_argument("--size", type=int, default=16, help="height and width of the latents (16)")
     parser.add_argument("--batch", type=int, default=4, help="samples of a step (4)")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"], choices=list(DTYPES), help="autocast")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all; on CPU without compiled")
