@@ -4,6 +4,7 @@ How fast is not tested.
 """
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_a_compiled_step_is_compared_and_measured_too(tmp_path: Path, capsys) ->
     assert "peer_step_gib" in row
     assert "ours_step_gib" not in row
     assert capsys.readouterr().out.count(" GiB") == 1
+
+
+def test_only_one_peers_network_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of SD's size would not fit."""
+    there = weakref.WeakSet[Script]()
+
+    class Watched(Script):
+        def __init__(self, *given) -> None:
+            assert not there, "the peer before is still there"
+            super().__init__(*given)
+            there.add(self)
+
+    monkeypatch.setattr(bench_train, "PEERS", {"script": Watched, "tuned": Watched})
+    sizes = ["--size", "8", "--batch", "1", "--rounds", "1", "--precisions", "no", "--device", "cpu"]
+    assert bench_train.main(["--config", str(DEBUG), *sizes]) == 0
 
 
 def test_operations_of_a_picture_are_those_of_the_published_count() -> None:

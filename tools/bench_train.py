@@ -45,7 +45,7 @@ CEILING_ROUNDS = 5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/bench_train.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192], help="channels of the outermost level")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128], help="channels of the outermost level")
     parser.add_argument("--config", type=Path, help="take the network from a run's config instead")
     parser.add_argument("--size", type=int, default=16, help="height and width of the latents (16)")
     parser.add_argument("--batch", type=int, default=4, help="samples of a step (4)")
@@ -98,6 +98,7 @@ def compare(
     name: str, config: UNetConfig, precision: str, options: argparse.Namespace, device: torch.device
 ) -> Iterator[Record]:
     """A record for each peer; of the networks only ours and one peer's are there at a time."""
+    gc.collect()  # the last call's engine knows its own network
     inputs = Inputs.random(config, options.batch, options.size, TEXT_LENGTH, device)
     weights = initial_weights(config, device)
     exact = reference(config, weights, inputs) if precision != "no" else None
@@ -128,7 +129,7 @@ def compare(
         what = f"training step, {name}, {precision}, batch {options.batch}, {options.size}x{options.size}{compiled}"
         apart = max(difference["output"], difference["gradients"])
         yield compared(what, seconds["ours"], seconds["peer"], peer.name, "s", apart, **extra)
-        del peer, ways
+        del peer, ways, way
         accelerator.free_memory()  # which keeps what it has prepared: three networks of SD's size would not fit
 
 
