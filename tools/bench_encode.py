@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--autoencoder", default="package:ldm/pretrained/emoji-f4", help="the demo's; or a folder")
     parser.add_argument("--channels", type=int, help="a random one of SD's shape instead, 128 its size")
     parser.add_argument("--resolution", type=int, default=64, help="side of the pictures (64)")
-    parser.add_argument("--samples", type=int, default=512, help="pictures (512)")
+    parser.add_argument("--samples", type=int, default=1024, help="pictures (1024)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that are encoded at once (32)")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode (1, encoding.workers' default)")
     parser.add_argument("--format", choices=["png", "jpg"], default="png", help="of the raw pictures")
