@@ -48,6 +48,9 @@ class Told(nn.Module):
         predicted: Tensor = self.predict(conditioning)
         return predicted
 
+    def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
+        return conditioning
+
 
 @pytest.fixture(scope="module")
 def diffusion(tmp_path_factory) -> Pipeline:
@@ -148,6 +151,28 @@ def test_guidance_is_that_of_x0_with_both_halves_in_one_call(diffusion, kind, sa
     away = constants(encode_prompts(diffusion, PROMPTS, "apple")[1])
     found = drawn(pipeline, sampler, 4, 2.0, negative="apple")
     torch.testing.assert_close(found, away + 2 * (with_text - away), rtol=0, atol=1e-5)
+
+
+def test_a_prompts_keys_and_values_are_computed_once_for_all_levels(diffusion) -> None:
+    """And they change nothing: the network that is told the text alone at each level draws the same."""
+    pipeline = pipeline_of(diffusion, "fill")
+    unet, told = pipeline.unet, list[str]()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: told.append(name))
+        for name, module in unet.named_modules()
+        if name.endswith("attn2.to_k")
+    ]
+    pipeline.unet = Told(unet, lambda conditioning: conditioning)
+    pipeline.unet.forward = lambda z, level, one: unet(z, level, one)
+    expected = drawn(pipeline, "cold_diffusion", 5, 3.0)
+    assert len(told) == 5 * len(hooks)
+    told.clear()
+    pipeline.unet = unet
+    found = drawn(pipeline, "cold_diffusion", 5, 3.0)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert len(told) == 2 * len(hooks)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_the_start_of_blur_has_the_mean_and_the_covariance_of_the_data_and_little_noise() -> None:

@@ -16,6 +16,8 @@ from ldm.diffusion.sampler_choice import chosen_sampler
 from ldm.diffusion.sampler_contract import Noise, Progress, given
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.pipeline import Pipeline
+from ldm.sampling.graphs import replayed
+from ldm.sampling.packed_weights import packed_convolutions
 
 
 @torch.no_grad()
@@ -61,22 +63,27 @@ def restored_latents(
     of_levels = math.ceil(corruption.levels / step)
     noise = noise.to(pipeline.device).double()
 
-    def network(z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        return pipeline.unet(z.float(), level, conditioning).double()
-
-    guide = guided(network, conditioning, unconditional, guidance, guidance_rescale)
+    unet = replayed(pipeline.unet) if pipeline.replays else pipeline.unet
     done = 0
 
-    def restore(z: Tensor, level: Tensor) -> Tensor:
-        nonlocal done
-        predicted = guide(z, level)
-        done += 1
-        if progress is not None:
-            progress(done, of_levels)
-        return predicted
+    def network(z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        predicted: Tensor = unet(z.float(), level, conditioning)
+        return predicted.double()
 
     z = start_of(config, corruption, noise, channels)
-    with pipeline.precision():
+    with pipeline.precision(), packed_convolutions(pipeline.unet):
+        # The prompts stay the same over all levels, and with them their keys and values.
+        conditioning, unconditional = (pipeline.unet.with_keys_values(part) for part in (conditioning, unconditional))
+        guide = guided(network, conditioning, unconditional, guidance, guidance_rescale)
+
+        def restore(z: Tensor, level: Tensor) -> Tensor:
+            nonlocal done
+            predicted = guide(z, level)
+            done += 1
+            if progress is not None:
+                progress(done, of_levels)
+            return predicted
+
         latents = walk(restore, corruption, z, sampler=sampler, noise=noise, fresh_noise=fresh_noise, step=step)
     return latents.float()
 
