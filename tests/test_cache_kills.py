@@ -15,6 +15,7 @@ from faulty_server import FaultyServer
 from tars import three_members, write_tar
 from tiny_cache import DOWNLOAD, FAST, KILLS, SAMPLES, SHARDS, content, parts, read_all, remote, wait_until
 
+from ldm.data import locked_files
 from ldm.data.cache import ShardCache
 from ldm.data.locked_files import open_whole, release, remove_unlocked
 from ldm.data.manifest import Manifest, build_manifest
@@ -123,6 +124,45 @@ def test_a_child_that_was_forked_during_a_download_does_not_keep_its_lock(
             os.kill(child, signal.SIGKILL)
             os.close(read_end)
             os.close(write_end)
+
+
+def test_a_fork_between_opening_a_temporary_and_locking_it_keeps_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock that comes after the fork would be the child's too."""
+    part, forked = tmp_path / "shard.tar.part", threading.Event()
+    lock = fcntl.flock
+
+    def late(descriptor: int, kind: int) -> None:
+        forked.wait()
+        lock(descriptor, kind)
+
+    monkeypatch.setattr(locked_files.fcntl, "flock", late)
+    claimed: list[int | None] = []
+    thread = threading.Thread(target=lambda: claimed.append(locked_files.claim(part, False)))
+    thread.start()
+    wait_until(part.exists)
+    read_end, write_end = os.pipe()
+    alive_read, alive_write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(write_end)
+        os.write(alive_write, b".")
+        os.read(read_end, 1)  # lives on until it is told to end
+        os._exit(0)
+    os.read(alive_read, 1)
+    forked.set()
+    thread.join()
+    try:
+        assert claimed[0] is not None
+        os.close(claimed[0])  # as a killed process's descriptors are closed: nothing unlocks it
+        locked_files.HELD.discard(claimed[0])
+        other = os.open(part, os.O_RDWR)
+        lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    finally:
+        for end in (write_end, read_end, alive_read, alive_write):
+            os.close(end)
+        os.waitpid(child, 0)
 
 
 def test_a_lock_that_was_released_is_gone_though_a_fork_inherited_it(tmp_path: Path) -> None:

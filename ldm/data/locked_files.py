@@ -7,14 +7,15 @@ Out: descriptors that hold a lock (flock): alone on a temporary file, together w
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Descriptors of temporaries that this process downloads into. A fork inherits them, and with them the lock, which would
-# then outlive this process: the child closes its copies.
+# Descriptors with a lock that is this process's alone. A fork inherits them, and with them the lock, which would then
+# outlive this process: the child closes its copies.
 HELD: set[int] = set()
-_at_fork: list[Callable[[], None]] = []
+_opening = threading.Lock()  # so that no fork comes between opening a descriptor and noting it
 
 
 def _close_inherited() -> None:
@@ -22,14 +23,23 @@ def _close_inherited() -> None:
         with contextlib.suppress(OSError):
             os.close(descriptor)
     HELD.clear()
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_close_inherited)
+
+
+def _open_alone(path: Path | str, flags: int) -> int:
+    """Descriptor that no fork keeps; for `release`."""
+    with _opening:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        HELD.add(descriptor)
+    return descriptor
 
 
 def claim(part: Path, wait: bool) -> int | None:
     """Descriptor of a temporary file with its lock, or None, where another process has it, after its end (`wait`)."""
-    if not _at_fork:
-        _at_fork.append(_close_inherited)
-        os.register_at_fork(after_in_child=_close_inherited)
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open_alone(part, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -38,11 +48,11 @@ def claim(part: Path, wait: bool) -> int | None:
         release(descriptor)
         return None
     except OSError:
+        HELD.discard(descriptor)
         os.close(descriptor)
         raise
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.stat(part), os.fstat(descriptor)):
-            HELD.add(descriptor)
             return descriptor
     release(descriptor)  # it was renamed or removed between opening and locking
     return None
@@ -75,7 +85,7 @@ def release(descriptor: int) -> None:
 def remove_unlocked(path: str) -> bool:
     """Removes a file that nobody has locked; whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_alone(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
@@ -93,7 +103,7 @@ def remove_unlocked(path: str) -> bool:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes and threads out of a section; `path` is the lock, an empty file that stays."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open_alone(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
