@@ -171,6 +171,9 @@ def test_a_prompts_keys_and_values_are_computed_once_for_all_levels(diffusion) -
     found = drawn(pipeline, "cold_diffusion", 5, 3.0)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
     assert len(told) == 2 * len(hooks)
+    told.clear()
+    drawn(pipeline, "cold_diffusion", 5, 1.0)
+    assert len(told) == len(hooks), "guidance 1 does not look at the empty caption"
     for hook in hooks:
         hook.remove()
 

@@ -129,14 +129,14 @@ def test_recordings_go_with_their_network() -> None:
 
 
 def test_sampling_replays_each_step(pipeline, monkeypatch) -> None:
-    from ldm.sampling import generation
+    from ldm.sampling import ready_network
 
     conditioning, unconditional = encode_prompts(pipeline, ["red heart", "a dog"])
     noise = initial_noise(1, range(2), pipeline.latent_shape)
     settings = {"sampler": "dpmpp_2m", "steps": 5, "guidance": 3.0}
     expected = sample_latents(pipeline, conditioning, unconditional, noise, **settings)
     networks = []
-    monkeypatch.setattr(generation, "replayed", lambda unet: networks.append(replayed(unet, Tape)) or networks[-1])
+    monkeypatch.setattr(ready_network, "replayed", lambda unet: networks.append(replayed(unet, Tape)) or networks[-1])
     monkeypatch.setattr(pipeline, "replays", True)
     found = sample_latents(pipeline, conditioning, unconditional, noise, **settings)
     assert torch.equal(found, expected)

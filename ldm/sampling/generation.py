@@ -30,8 +30,8 @@ from ldm.pipeline.pipeline import Pipeline, latent_shape_of
 from ldm.pipeline.variances import variances_at
 from ldm.sampling.editing import NOTHING, Edit, prepare
 from ldm.sampling.given_pictures import GivenPicture
-from ldm.sampling.graphs import replayed
 from ldm.sampling.packed_weights import packed_convolutions
+from ldm.sampling.ready_network import ready
 from ldm.sampling.restoration import refuse_settings_of_noise, restored_latents
 
 
@@ -132,10 +132,8 @@ def sample_latents(
         )
     levels = edit.levels(sigmas(pipeline.schedule, steps, spacing))
     x = edit.start(noise.to(pipeline.device), levels)
-    with pipeline.precision(), packed_convolutions(pipeline.unet):
-        network = edit.network(replayed(pipeline.unet) if pipeline.replays else pipeline.unet)
-        # The prompts stay the same over all steps, and with them their keys and values.
-        conditioning, unconditional = (pipeline.unet.with_keys_values(part) for part in (conditioning, unconditional))
+    with ready(pipeline, conditioning, unconditional, guidance) as (unet, conditioning, unconditional):
+        network = edit.network(unet)
         denoise = guided(
             denoiser(network, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data),
             conditioning,

@@ -22,6 +22,7 @@ from ldm.pipeline.pipeline import Pipeline, check_of_noise
 from ldm.sampling.editing import prepare
 from ldm.sampling.generation import batches_of, encode_prompts, with_sizes
 from ldm.sampling.given_pictures import GivenPicture
+from ldm.sampling.ready_network import ready
 
 REFINEMENTS = 3
 """Evaluations of each step of inversion beyond the first."""
@@ -75,9 +76,9 @@ def invert(
         both = encode_prompts(pipeline, prompts[part], negative)
         x = edit.latents.expand(len(both[0]), -1, -1, -1)
         conditioning, unconditional = (with_sizes(pipeline, part, x) for part in both)
-        clean = denoiser(pipeline.unet, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data)
-        denoise = guided(clean, conditioning, unconditional, guidance, guidance_rescale)
-        with pipeline.precision():
+        with ready(pipeline, conditioning, unconditional, guidance) as (unet, conditioning, unconditional):
+            clean = denoiser(unet, pipeline.schedule, pipeline.parameterization, pipeline.sigma_data)
+            denoise = guided(clean, conditioning, unconditional, guidance, guidance_rescale)
             x = ddim_inversion(denoise, x.double(), levels, refinements=REFINEMENTS, progress=report)
         found.append((x / (1 + levels[0] ** 2).sqrt()).float().cpu())
     return torch.cat(found)

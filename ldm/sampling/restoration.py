@@ -16,8 +16,7 @@ from ldm.diffusion.sampler_choice import chosen_sampler
 from ldm.diffusion.sampler_contract import Noise, Progress, given
 from ldm.models.conditioning import Conditioning
 from ldm.pipeline.pipeline import Pipeline
-from ldm.sampling.graphs import replayed
-from ldm.sampling.packed_weights import packed_convolutions
+from ldm.sampling.ready_network import ready
 
 
 @torch.no_grad()
@@ -63,17 +62,14 @@ def restored_latents(
     of_levels = math.ceil(corruption.levels / step)
     noise = noise.to(pipeline.device).double()
 
-    unet = replayed(pipeline.unet) if pipeline.replays else pipeline.unet
     done = 0
-
-    def network(z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        predicted: Tensor = unet(z.float(), level, conditioning)
-        return predicted.double()
-
     z = start_of(config, corruption, noise, channels)
-    with pipeline.precision(), packed_convolutions(pipeline.unet):
-        # The prompts stay the same over all levels, and with them their keys and values.
-        conditioning, unconditional = (pipeline.unet.with_keys_values(part) for part in (conditioning, unconditional))
+    with ready(pipeline, conditioning, unconditional, guidance) as (unet, conditioning, unconditional):
+
+        def network(z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+            predicted: Tensor = unet(z.float(), level, conditioning)
+            return predicted.double()
+
         guide = guided(network, conditioning, unconditional, guidance, guidance_rescale)
 
         def restore(z: Tensor, level: Tensor) -> Tensor:
