@@ -91,3 +91,26 @@ def test_triton_kernels_are_torchs_formula_forward_and_backward_on_random_shapes
         kept_in_half = name.startswith(("y", "dx"))
         limit = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[name.split()[1]] if kept_in_half else 2e-5
         assert off < limit, (name, off)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; it comes with CUDA")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_triton_kernels_compile_to_the_machine_code_of_gpus(dtype: str, capability: int) -> None:
+    """Through Triton and NVIDIA's assembler, which need no GPU: the interpreter takes what a compiler refuses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from ldm.models import triton_norm as kernels
+
+    constants = {"TILE": kernels.POSITIONS, "WIDTH": kernels.CHANNELS, "SILU": True, "PIECES": 128, "SIZE": 16}
+    maps, numbers = {"x", "y", "dy", "dx"}, {"positions", "channels", "length", "pieces", "groups", "rows"}
+    names = ("_statistics", "_join", "_normalize", "_sums", "_join_sums", "_gradient")
+    for kernel in (getattr(kernels, name) for name in names):
+        types = {}
+        for name in kernel.arg_names:
+            types[name] = f"*{dtype}" if name in maps else "i32" if name in numbers else "*fp32"
+            types[name] = "constexpr" if name in constants else "fp32" if name == "eps" else types[name]
+        given = {(kernel.arg_names.index(name),): constants[name] for name in constants if name in kernel.arg_names}
+        done = compile(ASTSource(kernel, types, given), target=GPUTarget("cuda", capability, 32))
+        assert done.asm["cubin"][:4] == b"\x7fELF"

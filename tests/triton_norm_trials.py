@@ -25,15 +25,18 @@ def main(trials: int, seed: int) -> None:
         groups, batch = rng.choice([1, 2, 4, 8]), rng.randint(1, 3)
         channels = groups * rng.randint(1, 40)
         height, width = rng.randint(1, 13), rng.randint(1, 13)
-        if channels // groups * height * width == 1:
-            width += 1  # of a single number the deviation is zero
+        if channels // groups * height * width <= 2:
+            # Of one number the deviation is zero; of two the gradient is what cancels: torch's own in float32 is off
+            # by a fifth of it.
+            width += 2
         dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
         silu, eps = rng.random() < 0.7, rng.choice([1e-5, 1e-6])
         triton_norm.PIECES = rng.choice([1, 2, 128])
         generator = torch.Generator().manual_seed(trial)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: B023, E731
         # A mean of 30 deviations: a variance taken as the difference of two squares would be off by 1e-4.
-        x = draw(batch, channels, height, width) * rng.choice([0.1, 1.0, 3.0]) + rng.choice([0.0, 30.0])
+        scale = rng.choice([0.1, 1.0, 3.0])
+        x = scale * (draw(batch, channels, height, width) + rng.choice([0.0, 30.0]))
         # Tiles of a map differ in their means, as those of a picture do.
         x += rng.choice([0.0, 2.0]) * torch.arange(height).view(-1, 1)
         leaves = [x.to(dtype).to(memory_format=torch.channels_last), 1 + 0.5 * draw(channels), draw(channels)]

@@ -72,19 +72,33 @@ def _join(means, squares, mean, rstd, positions, channels, length, pieces, group
 
 
 @triton.jit
-def _normalize(x, y, weight, bias, mean, rstd, positions, channels, groups,
-               TILE: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    tile, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+def _tile(tile, block, row, positions, channels, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels of a tile and whether they are any; places of its elements in the map, and whether they are any."""
     channel = block * WIDTH + tl.arange(0, WIDTH)
     inside = channel < channels
     position = tile * TILE + tl.arange(0, TILE)
     there = (position < positions)[:, None] & inside[None, :]
     place = row.to(tl.int64) * positions * channels + position[:, None].to(tl.int64) * channels + channel[None, :]
-    group = row * groups + channel // (channels // groups)
+    return channel, inside, place, there
+
+
+@triton.jit
+def _of_channels(weight, bias, mean, rstd, channel, group, inside):
+    """1 / deviation and mean of each channel's group; its weight and bias."""
     scale = tl.load(rstd + group, mask=inside, other=0.0)
     middle = tl.load(mean + group, mask=inside, other=0.0)
     w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return scale, middle, w, b
+
+
+@triton.jit
+def _normalize(x, y, weight, bias, mean, rstd, positions, channels, groups,
+               TILE: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    tile, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channel, inside, place, there = _tile(tile, block, row, positions, channels, TILE, WIDTH)
+    group = row * groups + channel // (channels // groups)
+    scale, middle, w, b = _of_channels(weight, bias, mean, rstd, channel, group, inside)
     values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     out = (values - middle[None, :]) * scale[None, :] * w[None, :] + b[None, :]
     if SILU:
@@ -109,10 +123,7 @@ def _sums(dy, x, weight, bias, mean, rstd, of_weight, of_bias, positions, channe
     channel = block * WIDTH + tl.arange(0, WIDTH)
     inside = channel < channels
     group = row * groups + channel // (channels // groups)
-    scale = tl.load(rstd + group, mask=inside, other=0.0)
-    middle = tl.load(mean + group, mask=inside, other=0.0)
-    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    scale, middle, w, b = _of_channels(weight, bias, mean, rstd, channel, group, inside)
     first = row.to(tl.int64) * positions * channels
     with_x = tl.zeros([WIDTH], tl.float32)
     alone = tl.zeros([WIDTH], tl.float32)
@@ -157,16 +168,9 @@ def _gradient(dy, x, dx, weight, bias, mean, rstd, along, across, positions, cha
               TILE: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """dx = rstd (w u - across - normal along), u the gradient of what the SiLU was given."""
     tile, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel = block * WIDTH + tl.arange(0, WIDTH)
-    inside = channel < channels
-    position = tile * TILE + tl.arange(0, TILE)
-    there = (position < positions)[:, None] & inside[None, :]
-    place = row.to(tl.int64) * positions * channels + position[:, None].to(tl.int64) * channels + channel[None, :]
+    channel, inside, place, there = _tile(tile, block, row, positions, channels, TILE, WIDTH)
     group = row * groups + channel // (channels // groups)
-    scale = tl.load(rstd + group, mask=inside, other=0.0)
-    middle = tl.load(mean + group, mask=inside, other=0.0)
-    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    scale, middle, w, b = _of_channels(weight, bias, mean, rstd, channel, group, inside)
     a = tl.load(along + group, mask=inside, other=0.0)
     c = tl.load(across + group, mask=inside, other=0.0)
     normal = (tl.load(x + place, mask=there, other=0.0).to(tl.float32) - middle[None, :]) * scale[None, :]
